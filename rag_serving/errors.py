@@ -1,0 +1,104 @@
+"""Every error ragline raises on purpose, in one tree.
+
+RaglineError
+├── ConfigError            ragline.toml or the environment is wrong
+├── SourceError            a corpus source is missing, empty or unreadable
+├── EvalSetError           an eval set is malformed or names unknown documents
+├── ModelError             an embedding model cannot be had, verified or loaded
+├── StoreError             bytes are missing, damaged or cannot be written
+│   ├── SnapshotError      a snapshot is missing, incomplete or altered
+│   └── AlreadyExists      a create-if-absent found the key taken
+├── ReleaseError           the ledger refuses an entry
+│   ├── ReleaseConflict    another writer appended first
+│   ├── PromotionRefused   the evidence does not allow a promotion
+│   └── NoPrevious         there is nothing to roll back to
+├── EncoderError           the embedding service did not give usable vectors
+│   ├── EncoderUnavailable it is down, slow or overloaded
+│   └── ModelMismatch      its fingerprint is not the snapshot's
+├── QueryError             a request cannot be answered as asked
+├── NotReady               no verified snapshot is open yet
+└── PlatformError          a port, a database or a process is not as needed
+
+Each says what happened, with which value, and what to do next.
+"""
+
+
+class RaglineError(Exception):
+    """Base of the tree. `code` is stable and goes into API replies and logs; `exit_code` is the CLI's."""
+
+    code = "ragline_error"
+    exit_code = 1
+
+    def __init__(self, what: str, *, fix: str = "") -> None:
+        self.what = what
+        self.fix = fix
+        super().__init__(f"{what} {fix}".strip())
+
+
+class ConfigError(RaglineError):
+    code = "config"
+    exit_code = 78
+
+
+class SourceError(RaglineError):
+    code = "source"
+
+
+class EvalSetError(RaglineError):
+    code = "eval_set"
+
+
+class ModelError(RaglineError):
+    code = "model"
+
+
+class StoreError(RaglineError):
+    code = "store"
+
+
+class SnapshotError(StoreError):
+    code = "snapshot"
+
+
+class AlreadyExists(StoreError):
+    code = "already_exists"
+
+
+class ReleaseError(RaglineError):
+    code = "release"
+
+
+class ReleaseConflict(ReleaseError):
+    code = "release_conflict"
+
+
+class PromotionRefused(ReleaseError):
+    code = "promotion_refused"
+
+
+class NoPrevious(ReleaseError):
+    code = "no_previous"
+
+
+class EncoderError(RaglineError):
+    code = "encoder"
+
+
+class EncoderUnavailable(EncoderError):
+    code = "encoder_unavailable"
+
+
+class ModelMismatch(EncoderError):
+    code = "model_mismatch"
+
+
+class QueryError(RaglineError):
+    code = "query"
+
+
+class NotReady(RaglineError):
+    code = "not_ready"
+
+
+class PlatformError(RaglineError):
+    code = "platform"

@@ -1,0 +1,216 @@
+"""The one settings object: `ragline.toml` says what, `RAGLINE_*` variables say where and hold secrets.
+
+Read once with `load_settings()` and passed down. Every part is frozen; an unknown key is an error that names the nearest valid one.
+"""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+
+from rag_serving.errors import ConfigError
+
+CONFIG_NAME = "ragline.toml"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSpec(_Frozen):
+    """One row of `[[models]]`: an embedding model and how it is used. What it *is* is its fingerprint, taken from what was loaded."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    source: str = Field(pattern=r"^(wheel|hub|path|hashing):.+")
+    query_prompt: str = ""
+    document_prompt: str = ""
+    dims: int = Field(gt=0, description="Vector length; checked against what is loaded.")
+    max_tokens: int = Field(gt=0, description="Longest input in tokens; longer text is cut, so chunks are sized to it.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where the CPU has AMX, else float32.")
+
+
+class Corpus(_Frozen):
+    source: str = Field("sample:", description="sample:, sample:small, folder:PATH, jsonl:PATH or beir:PATH")
+
+
+class EvalSetChoice(_Frozen):
+    source: str = Field("sample:", description="sample:, sample:small or beir:PATH")
+    k: int = Field(10, ge=1, le=100)
+
+
+class Chunking(_Frozen):
+    max_tokens: int = Field(240, ge=16, le=8192, description="Longest chunk, in tokens of the default embedding model.")
+
+
+class Index(_Frozen):
+    hnsw_from_rows: int = Field(2000, ge=0, description="Below this many rows vectors are searched exactly, without an index.")
+    m: int = Field(20, ge=4, le=128)
+    ef_construction: int = Field(300, ge=16, le=2000)
+    ef: int = Field(256, ge=16, le=4000)
+
+
+class Weights(_Frozen):
+    """How much each signal counts in the fused score; 0 switches a signal off."""
+
+    dense_text: float = Field(1.0, ge=0)
+    dense_title: float = Field(1.0, ge=0)
+    bm25_text: float = Field(1.0, ge=0)
+    bm25_title: float = Field(1.0, ge=0)
+
+
+class Retrieval(_Frozen):
+    candidates: int = Field(100, ge=10, le=1000, description="Hits asked of each signal before fusion.")
+    fusion: Literal["score", "rank"] = "score"
+    weights: Weights = Weights()
+
+
+class Gate(_Frozen):
+    mrr_floor: float = Field(0.80, ge=0, le=1)
+    margin: float = Field(0.02, gt=0, lt=1, description="Largest MRR loss against the champion that still passes.")
+    alpha: float = Field(0.05, gt=0, lt=0.5)
+    min_queries: int = Field(300, ge=1)
+    ann_recall_floor: float = Field(0.95, ge=0, le=1)
+    max_age_days: float = Field(7.0, gt=0)
+    max_shrink: float = Field(0.2, ge=0, le=1, description="Largest share of rows a promotion may lose.")
+
+
+class Serving(_Frozen):
+    top_k: int = Field(5, ge=1, le=50)
+    poll_seconds: float = Field(0.5, gt=0, le=1)
+    encode_timeout_seconds: float = Field(2.0, gt=0)
+
+
+class Places(_Frozen):
+    """Where things are, from the environment: `RAGLINE_<FIELD>` in capitals."""
+
+    home: Path = Field(Path(".ragline"), description="State of this machine: store, models, database.")
+    store: Path | None = Field(None, description="The store; default <home>/store.")
+    models_dir: Path | None = Field(None, description="Loaded weights; default <home>/models.")
+    corpus: str | None = Field(None, description="Overrides corpus.source.")
+    eval_set: str | None = Field(None, description="Overrides eval.source.")
+    postgres_url: SecretStr | None = Field(None, description="A Postgres to use instead of the embedded one.")
+    mlflow_url: str | None = Field(None, description="An MLflow tracking server; default: the same Postgres.")
+    host: str = "127.0.0.1"
+    serving_port: int = Field(8321, ge=0, le=65535)
+    embedder_port: int = Field(8322, ge=0, le=65535)
+    dagster_port: int = Field(3000, ge=0, le=65535)
+    mlflow_port: int = Field(5000, ge=0, le=65535)
+    embedder_url: str | None = Field(None, description="The embedding service; default http://<host>:<embedder_port>.")
+    actor: str | None = Field(None, description="Who acts, for the ledger; default: the login name.")
+
+
+class Settings(_Frozen):
+    root: Path = Field(description="Folder of ragline.toml; relative paths start here.")
+    corpus: Corpus = Corpus()
+    eval: EvalSetChoice = EvalSetChoice()
+    chunking: Chunking = Chunking()
+    index: Index = Index()
+    retrieval: Retrieval = Retrieval()
+    gate: Gate = Gate()
+    serving: Serving = Serving()
+    models: tuple[ModelSpec, ...] = ()
+    default_models: tuple[str, ...] = Field((), description="Models that `ragline run` uses when none are named; the first is the default.")
+    places: Places = Places()
+
+    @property
+    def home(self) -> Path:
+        return self.root / self.places.home
+
+    @property
+    def store_dir(self) -> Path:
+        return self.root / self.places.store if self.places.store else self.home / "store"
+
+    @property
+    def models_dir(self) -> Path:
+        return self.root / self.places.models_dir if self.places.models_dir else self.home / "models"
+
+    @property
+    def embedder_url(self) -> str:
+        return self.places.embedder_url or f"http://{self.places.host}:{self.places.embedder_port}"
+
+    def model(self, name: str) -> ModelSpec:
+        """The configured model of that name; ConfigError names the nearest one."""
+        for spec in self.models:
+            if spec.name == name:
+                return spec
+        names = [spec.name for spec in self.models]
+        raise ConfigError(f"no embedding model {name!r} in {CONFIG_NAME}.", fix=_nearest(name, names))
+
+
+def _nearest(word: str, valid: list[str]) -> str:
+    close = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
+    return f"Did you mean {close[0]!r}?" if close else f"Valid: {', '.join(valid) or 'none'}."
+
+
+def _keys_at(location: tuple[int | str, ...]) -> list[str]:
+    model: Any = Settings
+    for part in location:
+        if isinstance(part, int):
+            continue
+        model = model.model_fields[part].annotation
+        if getattr(model, "__args__", None):
+            model = model.__args__[0]
+    return [key for key in model.model_fields if key not in ("root", "places")]
+
+
+def _explain(error: ValidationError, where: str) -> ConfigError:
+    first = error.errors()[0]
+    location = first["loc"]
+    key = ".".join(str(part) for part in location)
+    if first["type"] == "extra_forbidden":
+        return ConfigError(f"unknown key {key!r} in {where}.", fix=_nearest(str(location[-1]), _keys_at(location[:-1])))
+    return ConfigError(f"{key!r} in {where} is {first['input']!r}: {first['msg']}.", fix="Correct the value.")
+
+
+def read_places(environ: Mapping[str, str]) -> Places:
+    """`RAGLINE_*` variables as one object; an unknown one is an error, so that a typo never silently means the default."""
+    prefix = "RAGLINE_"
+    values = {name.removeprefix(prefix).lower(): value for name, value in environ.items() if name.startswith(prefix) and value}
+    values.pop("config", None)
+    unknown = sorted(set(values) - set(Places.model_fields))
+    if unknown:
+        valid = [prefix + name.upper() for name in Places.model_fields]
+        raise ConfigError(f"unknown variable {prefix + unknown[0].upper()}.", fix=_nearest(prefix + unknown[0].upper(), valid))
+    try:
+        return Places.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error, "the RAGLINE_* variables") from None
+
+
+def load_settings(config: Path | None = None, *, environ: Mapping[str, str] | None = None) -> Settings:
+    """Read `ragline.toml` (given, or RAGLINE_CONFIG, or in the current folder) and the environment.
+
+    A missing file means defaults without models, as on a serving machine. Raises ConfigError.
+    """
+    environ = os.environ if environ is None else environ
+    path = config or Path(environ.get("RAGLINE_CONFIG") or CONFIG_NAME)
+    table: dict[str, Any] = {}
+    if path.is_file():
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not valid TOML: {error}.", fix="Correct the file.") from None
+    elif config or environ.get("RAGLINE_CONFIG"):
+        raise ConfigError(f"no configuration file at {path}.", fix=f"Give the path of a {CONFIG_NAME}.")
+    for key in ("root", "places"):
+        if key in table:
+            raise ConfigError(f"unknown key {key!r} in {path}.", fix=_nearest(key, _keys_at(())))
+    places = read_places(environ)
+    if places.corpus:
+        table["corpus"] = {**table.get("corpus", {}), "source": places.corpus}
+    if places.eval_set:
+        table["eval"] = {**table.get("eval", {}), "source": places.eval_set}
+    try:
+        settings = Settings.model_validate({**table, "root": path.resolve().parent, "places": places})
+    except ValidationError as error:
+        raise _explain(error, str(path)) from None
+    names = [spec.name for spec in settings.models]
+    if len(names) != len(set(names)):
+        raise ConfigError(f"two models share a name in {path}: {sorted(names)}.", fix="Give each model its own name.")
+    for name in settings.default_models:
+        settings.model(name)
+    return settings
