@@ -3,7 +3,6 @@
 RaglineError
 ├── ConfigError            ragline.toml or the environment is wrong
 ├── SourceError            a corpus source is missing, empty or unreadable
-├── EvalSetError           an eval set is malformed or names unknown documents
 ├── ModelError             an embedding model cannot be had, verified or loaded
 ├── StoreError             bytes are missing, damaged or cannot be written
 │   ├── SnapshotError      a snapshot is missing, incomplete or altered
@@ -19,7 +18,8 @@ RaglineError
 ├── NotReady               no verified snapshot is open yet
 └── PlatformError          a port, a database or a process is not as needed
 
-Each says what happened, with which value, and what to do next.
+Each says what happened, with which value, and what to do next. `evals.collections.EvalSetError` (an eval set is malformed or names unknown
+documents) has the same attributes outside this tree, because evals and rag_serving do not import each other.
 """
 
 
@@ -42,10 +42,6 @@ class ConfigError(RaglineError):
 
 class SourceError(RaglineError):
     code = "source"
-
-
-class EvalSetError(RaglineError):
-    code = "eval_set"
 
 
 class ModelError(RaglineError):

@@ -1,0 +1,188 @@
+"""The release ledger: an append-only list of numbered, hash-chained entries, and the state it folds to.
+
+Entry N+1 is created only if absent, so of two writers exactly one wins. The entry number, never a clock, orders releases.
+"""
+
+import getpass
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any
+
+from rag_serving.errors import AlreadyExists, ReleaseConflict, ReleaseError
+from rag_serving.store import Store
+
+_PREFIX = "releases"
+_GENESIS = "0" * 64
+
+
+class Action(StrEnum):
+    CANARY = "canary"
+    PROMOTE = "promote"
+    ABORT = "abort"
+    ROLLBACK = "rollback"
+    HOLD = "hold"
+    LIFT = "lift"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line of the ledger. `evidence` holds the verdicts and numbers that justified it; `parent_sha256` chains it to the entry before."""
+
+    number: int
+    action: Action
+    actor: str
+    reason: str
+    at: str
+    snapshot_id: str | None = None
+    manifest_sha256: str | None = None
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+    parent_sha256: str = _GENESIS
+
+    def encode(self) -> bytes:
+        return json.dumps(asdict(self), sort_keys=True, indent=2).encode()
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A snapshot that is or was live, with the entry that made it so."""
+
+    snapshot_id: str
+    manifest_sha256: str
+    number: int
+    evidence: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What the ledger says now. `line` is the promoted snapshots still in force, oldest first: a rollback removes from its end."""
+
+    number: int = 0
+    line: tuple[Release, ...] = ()
+    canary: Release | None = None
+    holds: tuple[Entry, ...] = ()
+
+    @property
+    def champion(self) -> Release | None:
+        return self.line[-1] if self.line else None
+
+    @property
+    def previous(self) -> Release | None:
+        return self.line[-2] if len(self.line) > 1 else None
+
+
+def fold(entries: Sequence[Entry]) -> State:
+    """The state after `entries`, which start at number 1."""
+    state = State()
+    for entry in entries:
+        state = _apply(state, entry)
+    return state
+
+
+def _apply(state: State, entry: Entry) -> State:
+    state = replace(state, number=entry.number)
+    if entry.action is Action.HOLD:
+        return replace(state, holds=(*state.holds, entry))
+    if entry.action is Action.LIFT:
+        return replace(state, holds=())
+    if entry.action is Action.ABORT:
+        return replace(state, canary=None)
+    if entry.snapshot_id is None or entry.manifest_sha256 is None:
+        raise ReleaseError(f"ledger entry {entry.number} ({entry.action}) names no snapshot.", fix="Restore the ledger from a backup.")
+    release = Release(entry.snapshot_id, entry.manifest_sha256, entry.number, entry.evidence)
+    if entry.action is Action.CANARY:
+        return replace(state, canary=release)
+    if entry.action is Action.PROMOTE:
+        return replace(state, line=(*state.line, release), canary=None)
+    kept = [index for index, past in enumerate(state.line) if past.snapshot_id == release.snapshot_id]
+    if not kept:
+        raise ReleaseError(f"ledger entry {entry.number} rolls back to {release.snapshot_id}, which was never live.", fix="Restore the ledger.")
+    return replace(state, line=(*state.line[: kept[-1]], replace(state.line[kept[-1]], number=entry.number)), canary=None)
+
+
+class Ledger:
+    """Reads and appends entries under `releases/` of a store."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def entries(self) -> list[Entry]:
+        """All entries, oldest first, with numbers and hash chain verified; ReleaseError names the first that does not fit."""
+        entries: list[Entry] = []
+        parent = _GENESIS
+        for expected, name in enumerate(self._store.names(_PREFIX), start=1):
+            data = self._store.read(f"{_PREFIX}/{name}")
+            try:
+                fields = json.loads(data)
+                entry = Entry(**{**fields, "action": Action(fields["action"])})
+            except (ValueError, TypeError, KeyError) as error:
+                raise ReleaseError(f"ledger entry {name} cannot be read: {error}.", fix="Restore it from a backup.") from None
+            if entry.number != expected or name != _name(expected) or entry.parent_sha256 != parent or entry.encode() != data:
+                raise ReleaseError(f"ledger entry {name} does not continue entry {expected - 1}.", fix="Restore the ledger from a backup.")
+            entries.append(entry)
+            parent = entry.sha256
+        return entries
+
+    def state(self) -> State:
+        return fold(self.entries())
+
+    def last_number(self) -> int:
+        """Number of the newest entry, 0 for an empty ledger; reads names only, so it is cheap to poll."""
+        names = self._store.names(_PREFIX)
+        return int(names[-1].removesuffix(".json")) if names else 0
+
+    def append(
+        self,
+        action: Action,
+        *,
+        after: int,
+        actor: str,
+        reason: str,
+        snapshot_id: str | None = None,
+        manifest_sha256: str | None = None,
+        evidence: Mapping[str, Any] | None = None,
+    ) -> Entry:
+        """Append entry `after + 1`; ReleaseConflict when somebody else appended since number `after` was read."""
+        entries = self.entries()
+        if len(entries) != after:
+            raise ReleaseConflict(f"the ledger is at entry {len(entries)}, not {after}.", fix="Look at `ragline releases` and try again.")
+        entry = Entry(
+            number=after + 1,
+            action=action,
+            actor=actor,
+            reason=reason,
+            at=datetime.now(UTC).isoformat(timespec="seconds"),
+            snapshot_id=snapshot_id,
+            manifest_sha256=manifest_sha256,
+            evidence=dict(evidence or {}),
+            parent_sha256=entries[-1].sha256 if entries else _GENESIS,
+        )
+        fold([*entries, entry])
+        try:
+            self._store.create(f"{_PREFIX}/{_name(entry.number)}", entry.encode())
+        except AlreadyExists:
+            raise ReleaseConflict(f"entry {entry.number} was written by somebody else.", fix="Look at `ragline releases` and try again.") from None
+        return entry
+
+
+def _name(number: int) -> str:
+    return f"{number:06d}.json"
+
+
+def current_actor(configured: str | None) -> str:
+    """Who acts, for the ledger: RAGLINE_ACTOR, else the login name, else the numeric user id."""
+    if configured:
+        return configured
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        import os
+
+        return f"uid-{os.getuid()}"

@@ -1,0 +1,148 @@
+"""A snapshot: an immutable folder with a LanceDB table and a manifest of every byte. Written once, verified on every open."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rag_serving.errors import SnapshotError, StoreError
+from rag_serving.settings import Retrieval
+from rag_serving.store import Store, sync_folder
+
+MANIFEST = "MANIFEST.json"
+TABLE = "chunks"
+_PREFIX = "snapshots"
+_ID = re.compile(r"^[a-z0-9][a-z0-9-]{7,63}$")
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a snapshot is: `files` maps each path to its sha256 and size, `build_key` hashes every input of the build.
+
+    `index` holds how vectors are searched, `retrieval` how signals are fused: what was measured is what is served.
+    """
+
+    build_key: str
+    embedding_model: str
+    fingerprint: str
+    dims: int
+    corpus_sha256: str
+    documents: int
+    rows: int
+    chunking: Mapping[str, Any]
+    index: Mapping[str, Any]
+    retrieval: Mapping[str, Any]
+    parent: str | None
+    lancedb: str
+    built_at: str
+    files: Mapping[str, Mapping[str, Any]]
+    format: int = 1
+
+    def encode(self) -> bytes:
+        return json.dumps(asdict(self), sort_keys=True, indent=2).encode()
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.encode()).hexdigest()
+
+    @property
+    def snapshot_id(self) -> str:
+        slug = re.sub(r"[^a-z0-9]+", "-", self.embedding_model.lower()).strip("-")[:40].rstrip("-")
+        return f"{slug}-{self.sha256[:12]}"
+
+    @property
+    def bytes(self) -> int:
+        return sum(int(entry["size"]) for entry in self.files.values())
+
+    def fusion(self) -> Retrieval:
+        return Retrieval.model_validate(self.retrieval)
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a regular file; a symbolic link is refused."""
+    digest = hashlib.sha256()
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    with os.fdopen(descriptor, "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def hash_tree(folder: Path) -> dict[str, dict[str, Any]]:
+    """Every file below `folder` but the manifest, as relative path -> sha256 and size in bytes."""
+    files: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            raise SnapshotError(f"{path.name} in {folder.name} is a symbolic link.", fix="Rebuild the snapshot.")
+        if path.is_file() and path.name != MANIFEST:
+            files[path.relative_to(folder).as_posix()] = {"sha256": hash_file(path), "size": path.stat().st_size}
+    return files
+
+
+def seal(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest of a finished staging folder."""
+    path = folder / MANIFEST
+    path.write_bytes(manifest.encode())
+    sync_folder(folder)
+
+
+def snapshot_ids(store: Store) -> list[str]:
+    return [name for name in store.names(_PREFIX) if _ID.match(name)]
+
+
+def snapshot_key(snapshot_id: str) -> str:
+    """The store key of a snapshot; SnapshotError when the text is not a snapshot id."""
+    if not _ID.match(snapshot_id):
+        raise SnapshotError(f"{snapshot_id[:80]!r} is not a snapshot id.", fix="Run `ragline status` to see the snapshots.")
+    return f"{_PREFIX}/{snapshot_id}"
+
+
+def read_manifest(store: Store, snapshot_id: str) -> Manifest:
+    """The manifest alone, checked against the id; cheap. Files are checked by `verify`."""
+    try:
+        folder = store.folder(snapshot_key(snapshot_id))
+        fields = json.loads((folder / MANIFEST).read_bytes())
+        manifest = Manifest(**fields)
+    except SnapshotError:
+        raise
+    except StoreError:
+        raise SnapshotError(f"there is no snapshot {snapshot_id}.", fix="Run `ragline status` to see the snapshots.") from None
+    except (OSError, ValueError, TypeError):
+        raise SnapshotError(f"the manifest of {snapshot_id} cannot be read.", fix="Restore the snapshot or build it again.") from None
+    if manifest.snapshot_id != snapshot_id:
+        raise SnapshotError(f"the manifest of {snapshot_id} was altered.", fix="Restore the snapshot or build it again.")
+    return manifest
+
+
+def verify(store: Store, snapshot_id: str) -> Manifest:
+    """Hash every file of a snapshot against its manifest; SnapshotError names the first missing, extra or altered file."""
+    manifest = read_manifest(store, snapshot_id)
+    found = hash_tree(store.folder(snapshot_key(snapshot_id)))
+    for name in sorted(set(manifest.files) | set(found)):
+        if name not in found:
+            problem = "is missing"
+        elif name not in manifest.files:
+            problem = "does not belong there"
+        elif found[name] != manifest.files[name]:
+            problem = "was altered"
+        else:
+            continue
+        raise SnapshotError(f"{name} {problem} in snapshot {snapshot_id}.", fix="Restore the snapshot or build it again.")
+    return manifest
+
+
+def find_by_build_key(store: Store, build_key: str) -> Manifest | None:
+    """The snapshot that was built from the same inputs, if there is one."""
+    for snapshot_id in snapshot_ids(store):
+        try:
+            manifest = read_manifest(store, snapshot_id)
+        except SnapshotError:
+            continue
+        if manifest.build_key == build_key:
+            return manifest
+    return None
