@@ -112,7 +112,7 @@ async def evaluate(
     `encoder` is called only when something has to be measured.
     """
     stored = read_evaluation(store, manifest.sha256, eval_set.sha256)
-    if stored and stored.k == k and _age_days(stored) <= max_age_days / 2:
+    if stored and stored.k == k and 0 <= _age_days(stored) <= max_age_days / 2:
         return stored
     retriever = await Retriever.open(store, manifest.snapshot_id)
     try:
@@ -151,9 +151,13 @@ def read_evaluation(store: Store, manifest_sha256: str, eval_set_sha256: str) ->
 
 
 def read_rows(store: Store, evaluation: Evaluation) -> list[dict[str, Any]]:
-    """The per-query rows of an evaluation, by query id."""
+    """The per-query rows of an evaluation, in the order of the eval set; StoreError when they are absent or damaged."""
     name = f"queries-{evaluation.measured_at.replace(':', '').replace('+', 'Z')}.parquet"
-    rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(store.read(f"{evaluation.key}/{name}"))).to_pylist()
+    data = store.read(f"{evaluation.key}/{name}")
+    try:
+        rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(data)).to_pylist()
+    except (pa.ArrowInvalid, OSError):
+        raise StoreError(f"{evaluation.key}/{name} is damaged.", fix="Delete that folder and evaluate again.") from None
     return rows
 
 

@@ -1,11 +1,14 @@
 """From evaluations to verdicts to a release: who is compared with whom, and which snapshot goes live."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 from evals.gates import quality_gate
+from evals.significance import EvidenceError
 from rag_assets.evaluation import Evaluation, reciprocal_ranks
+from rag_serving.errors import PromotionRefused
 from rag_serving.promotion import promote
 from rag_serving.releases import Entry, Ledger
 from rag_serving.settings import Gate
@@ -13,25 +16,45 @@ from rag_serving.store import Store
 from rag_serving.verdicts import RETRIEVAL_QUALITY, Verdict, read_verdict, write_verdict
 
 
+Status = Literal["champion", "passed", "refused", "inconclusive", "unjudged"]
+_STATUS: Mapping[str, Status] = {"PASS": "passed", "FAIL": "refused", "INCONCLUSIVE": "inconclusive"}
+
+
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """What became of one evaluated snapshot, with the reason in one line."""
+    """Where an evaluated snapshot stands, with the reason in one line."""
 
     evaluation: Evaluation
-    status: Literal["promoted", "champion", "refused", "inconclusive", "passed"]
+    status: Status
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """The outcome of one release round; `entry` is the ledger entry it appended, if any."""
+def standings(store: Store, evaluations: Sequence[Evaluation]) -> list[Standing]:
+    """Each evaluated snapshot by what the ledger and its verdict say of it, best MRR first."""
+    live = Ledger(store).state().champion
+    found = []
+    for evaluation in sorted(evaluations, key=best_first):
+        verdict = read_verdict(store, evaluation.snapshot_id, RETRIEVAL_QUALITY)
+        if live and live.snapshot_id == evaluation.snapshot_id:
+            found.append(Standing(evaluation, "champion", f"release {live.number}; {verdict.summary if verdict else 'promoted by override'}"))
+        elif verdict is None:
+            found.append(Standing(evaluation, "unjudged", "no verdict yet"))
+        else:
+            found.append(Standing(evaluation, _STATUS[verdict.outcome], verdict.summary))
+    return found
 
-    standings: tuple[Standing, ...]
-    entry: Entry | None
+
+def best_first(evaluation: Evaluation) -> tuple[float, str]:
+    return -evaluation.mrr, evaluation.snapshot_id
 
 
 def judge(store: Store, candidate: Evaluation, champion: Evaluation | None, *, gate: Gate) -> Verdict:
-    """Run the retrieval quality gate and keep its verdict as evidence; both must have been measured on the same eval set."""
+    """Run the retrieval quality gate and keep its verdict as evidence; EvidenceError unless both were measured on the same eval set and k."""
+    if champion and (champion.eval_set_sha256, champion.k) != (candidate.eval_set_sha256, candidate.k):
+        raise EvidenceError(
+            f"{candidate.snapshot_id} was measured on {candidate.eval_set} at k = {candidate.k}, {champion.snapshot_id} on another eval set or k.",
+            fix="Evaluate both again: `ragline run`.",
+        )
     result = quality_gate(
         candidate=reciprocal_ranks(store, candidate),
         champion=reciprocal_ranks(store, champion) if champion else None,
@@ -55,7 +78,10 @@ def judge(store: Store, candidate: Evaluation, champion: Evaluation | None, *, g
         rules=tuple(asdict(rule) for rule in result.rules),
         measured_at=candidate.measured_at,
     )
-    if read_verdict(store, candidate.snapshot_id, RETRIEVAL_QUALITY) != verdict:
+    stored: Verdict | None = None
+    with suppress(PromotionRefused):  # an edited one is given anew
+        stored = read_verdict(store, candidate.snapshot_id, RETRIEVAL_QUALITY)
+    if stored != verdict:
         write_verdict(store, verdict)
     return verdict
 
@@ -67,29 +93,22 @@ def release(
     gate: Gate,
     actor: str,
     champion_evaluation: Callable[[str], Evaluation],
-) -> Decision:
+) -> Entry | None:
     """Judge every evaluated snapshot against the champion, best MRR first, and promote the first that passes and brings something.
 
     It brings something when nothing is live, when its corpus is another one than the champion's, or when its MRR is higher. Those after
-    it are judged against the new champion. `champion_evaluation` measures a live snapshot that is not among `evaluations`.
+    it are judged against the new champion. `champion_evaluation` measures a live snapshot that is not among `evaluations`. Returns the
+    ledger entry of the promotion, None when nothing was promoted.
     """
     entry: Entry | None = None
-    standings: list[Standing] = []
     known = {evaluation.snapshot_id: evaluation for evaluation in evaluations}
-    for candidate in sorted(evaluations, key=lambda evaluation: (-evaluation.mrr, evaluation.snapshot_id)):
+    for candidate in sorted(evaluations, key=best_first):
         live = Ledger(store).state().champion
-        champion = known.get(live.snapshot_id) or champion_evaluation(live.snapshot_id) if live else None
+        champion = (known.get(live.snapshot_id) or champion_evaluation(live.snapshot_id)) if live else None
         if champion and champion.snapshot_id == candidate.snapshot_id:
-            standings.append(Standing(candidate, "champion", f"live as release {live.number}" if live else "live"))
             continue
         verdict = judge(store, candidate, champion, gate=gate)
         brings = champion is None or champion.corpus_sha256 != candidate.corpus_sha256 or candidate.mrr > champion.mrr
         if verdict.outcome == "PASS" and brings and entry is None:
             entry = promote(store, candidate.snapshot_id, gate=gate, actor=actor, reason=verdict.summary)
-            standings.append(Standing(candidate, "promoted", verdict.summary))
-        elif verdict.outcome == "PASS":
-            standings.append(Standing(candidate, "passed", f"{verdict.summary}; not better than the champion, so it stays a candidate"))
-        else:
-            status: Literal["refused", "inconclusive"] = "refused" if verdict.outcome == "FAIL" else "inconclusive"
-            standings.append(Standing(candidate, status, verdict.summary))
-    return Decision(tuple(standings), entry)
+    return entry

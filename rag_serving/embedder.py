@@ -9,6 +9,7 @@ import base64
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Annotated, Literal
 
 import numpy as np
@@ -19,10 +20,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rag_serving.batching import Bench, Overloaded
 from rag_serving.errors import RaglineError
+from rag_serving.limits import BodyLimit
 from rag_serving.models import EmbeddingModel, load_model
 from rag_serving.settings import Settings
 
@@ -116,33 +117,6 @@ class Shelf:
                     waiting.remove(name)
             if waiting:
                 await asyncio.sleep(RETRY_SECONDS)
-
-
-class BodyLimit:
-    """Refuses request bodies above MOST_BYTES with 413, by their stated length or while they arrive."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        stated = dict(scope["headers"]).get(b"content-length", b"0")
-        if stated.isdigit() and int(stated) > MOST_BYTES:
-            await _error(413, _TOO_LONG, code="body_too_long")(scope, receive, send)
-            return
-        seen = 0
-
-        async def counted() -> Message:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > MOST_BYTES:
-                raise HTTPException(413, _TOO_LONG)
-            return message
-
-        await self._app(scope, counted, send)
 
 
 _TOO_LONG = f"The body is longer than {MOST_BYTES} bytes. Send fewer texts at once."
@@ -263,7 +237,7 @@ def create_app(settings: Settings, *, preload: Sequence[str]) -> FastAPI:
     app = FastAPI(title="ragline embedder", version="1", lifespan=_lifespan)
     app.state.settings, app.state.preload = settings, tuple(preload)
     app.include_router(routes)
-    app.add_middleware(BodyLimit)
+    app.add_middleware(BodyLimit, most_bytes=MOST_BYTES, too_long=_TOO_LONG, refusal=partial(_error, code="body_too_long"))
     _add_error_shape(app)
     return app
 

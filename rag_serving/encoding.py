@@ -81,7 +81,10 @@ class LocalEncoder:
 
 
 class RemoteEncoder:
-    """The embedding service at `base_url`, whose replies must carry `fingerprint`; one `encode` takes at most `timeout_seconds`."""
+    """The embedding service at `base_url`, whose replies must carry `fingerprint`; one `encode` takes at most `timeout_seconds`.
+
+    Connections are kept between calls and belong to the running event loop: `aclose()` before it ends; the encoder can be used again after.
+    """
 
     def __init__(self, base_url: str, model: str, fingerprint: str, *, dims: int, timeout_seconds: float) -> None:
         self.base_url = base_url.rstrip("/")

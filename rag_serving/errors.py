@@ -91,6 +91,10 @@ class ModelMismatch(EncoderError):
 class QueryError(RaglineError):
     code = "query"
 
+    def __init__(self, what: str, *, fix: str = "", code: str = "query") -> None:
+        super().__init__(what, fix=fix)
+        self.code = code
+
 
 class NotReady(RaglineError):
     code = "not_ready"

@@ -1,5 +1,6 @@
 """Moving the release: promote, roll back, hold and lift. Every promotion re-verifies its evidence here, however it was started."""
 
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 
@@ -24,8 +25,9 @@ def promote(
 ) -> Entry | None:
     """Make `snapshot_id` the champion. None when it already is.
 
-    Refused (PromotionRefused) without a fresh PASS verdict of this manifest against the present champion, during a hold, on a damaged
-    snapshot, or when the corpus shrank beyond the guard. `override` skips the verdict, not the integrity check or a hold, and needs a reason.
+    Refused (PromotionRefused) without a fresh PASS verdict of this manifest against the present champion, during a hold, or when the corpus
+    shrank beyond the guard; a damaged snapshot is a SnapshotError. `override` skips the verdict and nothing else, and needs a reason;
+    `allow_shrink` skips the guard. The entry records both.
     """
     ledger = Ledger(store)
     state = ledger.state()
@@ -37,13 +39,16 @@ def promote(
         raise PromotionRefused(
             f"a hold blocks every promotion: entry {hold.number} by {hold.actor}, {hold.reason!r}.", fix="Lift it with `ragline lift --reason`."
         )
-    verdict = read_verdict(store, snapshot_id, RETRIEVAL_QUALITY)
+    verdict: Verdict | None = None
     if override:
-        if not reason.strip():
-            raise PromotionRefused("an override needs a reason.", fix="Give --reason.")
+        if not (reason.strip() and actor.strip()):
+            raise PromotionRefused("an override needs a reason and an actor.", fix="Give --reason; RAGLINE_ACTOR says who acts.")
+        with suppress(PromotionRefused):
+            verdict = read_verdict(store, snapshot_id, RETRIEVAL_QUALITY)
     else:
+        verdict = read_verdict(store, snapshot_id, RETRIEVAL_QUALITY)
         _check_verdict(verdict, manifest, state, gate, now or datetime.now(UTC))
-    if not (allow_shrink or override):
+    if not allow_shrink:
         _check_shrink(store, manifest, state, gate)
     return ledger.append(
         Action.PROMOTE,
@@ -52,7 +57,7 @@ def promote(
         reason=reason,
         snapshot_id=snapshot_id,
         manifest_sha256=manifest.sha256,
-        evidence={"override": override, "verdict": asdict(verdict) if verdict else None},
+        evidence={"override": override, "allow_shrink": allow_shrink, "verdict": asdict(verdict) if verdict else None},
     )
 
 

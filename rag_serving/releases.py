@@ -6,6 +6,7 @@ Entry N+1 is created only if absent, so of two writers exactly one wins. The ent
 import getpass
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -30,7 +31,10 @@ class Action(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One line of the ledger. `evidence` holds the verdicts and numbers that justified it; `parent_sha256` chains it to the entry before."""
+    """One line of the ledger. `evidence` holds the verdicts and numbers that justified it; `parent_sha256` chains it to the entry before.
+
+    Its file ends in a seal over the fields, so that an edit of the newest entry shows as well.
+    """
 
     number: int
     action: Action
@@ -43,7 +47,9 @@ class Entry:
     parent_sha256: str = _GENESIS
 
     def encode(self) -> bytes:
-        return json.dumps(asdict(self), sort_keys=True, indent=2).encode()
+        fields = asdict(self)
+        seal = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+        return json.dumps({**fields, "seal": seal}, sort_keys=True, indent=2).encode()
 
     @property
     def sha256(self) -> str:
@@ -101,9 +107,12 @@ def _apply(state: State, entry: Entry) -> State:
         return replace(state, canary=release)
     if entry.action is Action.PROMOTE:
         return replace(state, line=(*state.line, release), canary=None)
-    kept = [index for index, past in enumerate(state.line) if past.snapshot_id == release.snapshot_id]
+    kept = [index for index, past in enumerate(state.line[:-1]) if past.snapshot_id == release.snapshot_id]
     if not kept:
-        raise ReleaseError(f"ledger entry {entry.number} rolls back to {release.snapshot_id}, which was never live.", fix="Restore the ledger.")
+        raise ReleaseError(
+            f"ledger entry {entry.number} rolls back to {release.snapshot_id}, which was not live before the champion.",
+            fix="Restore the ledger from a backup.",
+        )
     return replace(state, line=(*state.line[: kept[-1]], replace(state.line[kept[-1]], number=entry.number)), canary=None)
 
 
@@ -121,6 +130,7 @@ class Ledger:
             data = self._store.read(f"{_PREFIX}/{name}")
             try:
                 fields = json.loads(data)
+                del fields["seal"]
                 entry = Entry(**{**fields, "action": Action(fields["action"])})
             except (ValueError, TypeError, KeyError) as error:
                 raise ReleaseError(f"ledger entry {name} cannot be read: {error}.", fix="Restore it from a backup.") from None
@@ -136,7 +146,10 @@ class Ledger:
     def last_number(self) -> int:
         """Number of the newest entry, 0 for an empty ledger; reads names only, so it is cheap to poll."""
         names = self._store.names(_PREFIX)
-        return int(names[-1].removesuffix(".json")) if names else 0
+        number = names[-1].removesuffix(".json") if names else "0"
+        if not number.isdecimal():
+            raise ReleaseError(f"{names[-1]} in the ledger is not an entry.", fix="Remove that file.")
+        return int(number)
 
     def append(
         self,
@@ -183,6 +196,4 @@ def current_actor(configured: str | None) -> str:
     try:
         return getpass.getuser()
     except (KeyError, OSError):
-        import os
-
         return f"uid-{os.getuid()}"

@@ -81,8 +81,11 @@ class Retriever:
         active = {name: weight for name, weight in wanted.items() if weight > 0 and (vector is not None or name in LEXICAL)}
         if not active:
             raise QueryError("no retrieval signal is active.", fix="Give at least one of retrieval.weights a value above 0.")
+        if k < 1:
+            raise QueryError(f"k is {k}.", fix="Ask for at least one hit.")
         if vector is not None:
             self._check(vector)
+        query = query.encode(errors="replace").decode()  # a lone surrogate is no text that can be searched
         depth = max(self._fusion.candidates, k)
         found = await asyncio.gather(*(self._search(name, query, vector, depth) for name in active))
         signals, rows = await self._complete(dict(zip(active, found, strict=True)), vector)
@@ -108,7 +111,8 @@ class Retriever:
     def _nearest(self, column: str, vector: Vector, depth: int) -> Any:
         query = self._table.query().nearest_to(vector).column(column).distance_type("cosine").limit(depth)
         if self._indexed:
-            query = query.ef(max(int(self.manifest.index["ef"]), depth)).refine_factor(int(self.manifest.index["refine_factor"]))
+            refine = int(self.manifest.index["refine_factor"])
+            query = query.ef(max(int(self.manifest.index["ef"]), depth * refine)).refine_factor(refine)
         return query.select(["_distance"]).with_row_id()
 
     async def _search(self, signal: str, query: str, vector: Vector | None, depth: int) -> dict[int, float]:

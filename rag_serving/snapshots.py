@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from rag_serving.store import Store, sync_folder
 MANIFEST = "MANIFEST.json"
 TABLE = "chunks"
 _PREFIX = "snapshots"
-_ID = re.compile(r"^[a-z0-9][a-z0-9-]{7,63}$")
+_ID = re.compile(r"[a-z0-9][a-z0-9-]{7,63}")
 _BLOCK = 1 << 20
 
 
@@ -74,13 +75,17 @@ def hash_file(path: Path) -> str:
 
 
 def hash_tree(folder: Path) -> dict[str, dict[str, Any]]:
-    """Every file below `folder` but the manifest, as relative path -> sha256 and size in bytes."""
+    """Every file below `folder` but its manifest, as relative path -> sha256 and size in bytes; SnapshotError for what is no plain file."""
     files: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_symlink():
-            raise SnapshotError(f"{path.name} in {folder.name} is a symbolic link.", fix="Rebuild the snapshot.")
-        if path.is_file() and path.name != MANIFEST:
-            files[path.relative_to(folder).as_posix()] = {"sha256": hash_file(path), "size": path.stat().st_size}
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink() or not (path.is_dir() or path.is_file()):
+            raise SnapshotError(f"{name} in {folder.name} is a link or no regular file.", fix="Restore the snapshot or build it again.")
+        if path.is_file() and name != MANIFEST:
+            try:
+                files[name] = {"sha256": hash_file(path), "size": path.stat().st_size}
+            except OSError as error:
+                raise SnapshotError(f"{name} in {folder.name} cannot be read: {error.strerror}.", fix="Restore it or build it again.") from None
     return files
 
 
@@ -92,12 +97,12 @@ def seal(folder: Path, manifest: Manifest) -> None:
 
 
 def snapshot_ids(store: Store) -> list[str]:
-    return [name for name in store.names(_PREFIX) if _ID.match(name)]
+    return [name for name in store.names(_PREFIX) if _ID.fullmatch(name)]
 
 
 def snapshot_key(snapshot_id: str) -> str:
     """The store key of a snapshot; SnapshotError when the text is not a snapshot id."""
-    if not _ID.match(snapshot_id):
+    if not _ID.fullmatch(snapshot_id):
         raise SnapshotError(f"{snapshot_id[:80]!r} is not a snapshot id.", fix="Run `ragline status` to see the snapshots.")
     return f"{_PREFIX}/{snapshot_id}"
 
@@ -106,15 +111,16 @@ def read_manifest(store: Store, snapshot_id: str) -> Manifest:
     """The manifest alone, checked against the id; cheap. Files are checked by `verify`."""
     try:
         folder = store.folder(snapshot_key(snapshot_id))
-        fields = json.loads((folder / MANIFEST).read_bytes())
-        manifest = Manifest(**fields)
+        data = (folder / MANIFEST).read_bytes()
+        manifest = Manifest(**json.loads(data))
+        intact = manifest.snapshot_id == snapshot_id and manifest.encode() == data
     except SnapshotError:
         raise
     except StoreError:
         raise SnapshotError(f"there is no snapshot {snapshot_id}.", fix="Run `ragline status` to see the snapshots.") from None
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, AttributeError):
         raise SnapshotError(f"the manifest of {snapshot_id} cannot be read.", fix="Restore the snapshot or build it again.") from None
-    if manifest.snapshot_id != snapshot_id:
+    if not intact:
         raise SnapshotError(f"the manifest of {snapshot_id} was altered.", fix="Restore the snapshot or build it again.")
     return manifest
 
@@ -137,12 +143,9 @@ def verify(store: Store, snapshot_id: str) -> Manifest:
 
 
 def find_by_build_key(store: Store, build_key: str) -> Manifest | None:
-    """The snapshot that was built from the same inputs, if there is one."""
+    """The verified snapshot that was built from the same inputs, if there is one; a damaged one does not count, so it can be built again."""
     for snapshot_id in snapshot_ids(store):
-        try:
-            manifest = read_manifest(store, snapshot_id)
-        except SnapshotError:
-            continue
-        if manifest.build_key == build_key:
-            return manifest
+        with suppress(SnapshotError):
+            if read_manifest(store, snapshot_id).build_key == build_key:
+                return verify(store, snapshot_id)
     return None

@@ -3,19 +3,21 @@
 Keys are `/`-separated names, never paths. Every write is durable when the call returns: temporary sibling, fsync, rename, fsync of the folder.
 """
 
+import errno
 import os
 import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from rag_serving.errors import AlreadyExists, StoreError
 
-_PART = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
+_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _STAGING = ".staging-"
+_NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP}
 
 
 class Store(Protocol):
@@ -64,20 +66,24 @@ class LocalStore:
         temporary = self._temporary(path, data)
         try:
             temporary.replace(path)
+            sync_folder(path.parent)
+        except OSError as error:
+            raise self._unwritable(key, error) from None
         finally:
             temporary.unlink(missing_ok=True)
-        sync_folder(path.parent)
 
     def create(self, key: str, data: bytes) -> None:
         path = self._path(key)
         temporary = self._temporary(path, data)
         try:
             os.link(temporary, path)
+            sync_folder(path.parent)
         except FileExistsError:
             raise AlreadyExists(f"{key!r} is already in the store.", fix="Read it and decide again.") from None
+        except OSError as error:
+            raise self._unwritable(key, error) from None
         finally:
             temporary.unlink(missing_ok=True)
-        sync_folder(path.parent)
 
     def exists(self, key: str) -> bool:
         return self._path(key).exists()
@@ -100,14 +106,17 @@ class LocalStore:
 
     def publish(self, folder: Path, key: str) -> None:
         path = self._path(key)
-        sync_tree(folder)
+        self._make(path.parent)
         try:
+            sync_tree(folder)
+            if path.exists():  # rename() would replace an empty folder
+                raise FileExistsError
             folder.rename(path)
+            sync_folder(path.parent)
         except OSError as error:
-            if path.exists():
+            if folder.exists() and path.exists():
                 raise AlreadyExists(f"{key!r} is already in the store.", fix="Open what is there.") from None
-            raise StoreError(f"cannot publish {key!r}: {error.strerror}.", fix="Run `ragline doctor`.") from None
-        sync_folder(path.parent)
+            raise self._unwritable(key, error) from None
 
     def folder(self, key: str) -> Path:
         path = self._path(key)
@@ -117,7 +126,7 @@ class LocalStore:
 
     def _path(self, key: str) -> Path:
         parts = key.split("/")
-        if not all(_PART.match(part) for part in parts):
+        if not all(_PART.fullmatch(part) for part in parts):
             raise StoreError(f"{key!r} is not a valid store key.", fix="Use letters, digits, '.', '_' and '-', parts joined by '/'.")
         return self.root.joinpath(*parts)
 
@@ -129,6 +138,9 @@ class LocalStore:
                 sync_folder(made.parent)
         except OSError as error:
             raise StoreError(f"cannot create {folder}: {error.strerror}.", fix="Set RAGLINE_STORE to a folder you can write.") from None
+
+    def _unwritable(self, key: str, error: OSError) -> StoreError:
+        return StoreError(f"cannot write {key!r} to the store at {self.root}: {error.strerror}.", fix="Free space or correct the rights.")
 
     def _temporary(self, path: Path, data: bytes) -> Path:
         self._make(path.parent)
@@ -145,11 +157,13 @@ class LocalStore:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the entries of `folder` durable."""
+    """Make the entries of `folder` durable; a file system that cannot sync folders is taken as it is, any other failure is an OSError."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):
-            os.fsync(descriptor)
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
     finally:
         os.close(descriptor)
 

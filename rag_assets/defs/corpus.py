@@ -10,25 +10,25 @@ from rag_assets.corpus import Table, read_table
 from rag_assets.workbench import Workbench
 
 
-def _result(table: Table, **metadata: object) -> dg.MaterializeResult[None]:
+def _result(table: Table, **metadata: object) -> dg.MaterializeResult:
     facts = {"dagster/row_count": table.rows, "reused": table.reused, "content_sha256": table.content_sha256, **metadata}
     return dg.MaterializeResult(metadata=facts, data_version=dg.DataVersion(table.content_sha256))
 
 
 @dg.asset(group_name="corpus", kinds={"file"}, code_version="1")
-def source_files(bench: dg.ResourceParam[Workbench]) -> dg.MaterializeResult[None]:
+def source_files(bench: dg.ResourceParam[Workbench]) -> dg.MaterializeResult:
     """The files of the configured source, with hash and size."""
     return _result(steps.list_source_files(bench), source=bench.settings.corpus.source)
 
 
 @dg.asset(group_name="corpus", kinds={"parquet"}, code_version="1", deps=[source_files])
-def documents(bench: dg.ResourceParam[Workbench]) -> dg.MaterializeResult[None]:
+def documents(bench: dg.ResourceParam[Workbench]) -> dg.MaterializeResult:
     """One parsed text per document, with title, uri and metadata."""
     return _result(steps.parse_documents(bench))
 
 
 @dg.asset(group_name="corpus", kinds={"parquet"}, code_version="1", deps=[documents])
-def chunks(bench: dg.ResourceParam[Workbench]) -> dg.MaterializeResult[None]:
+def chunks(bench: dg.ResourceParam[Workbench]) -> dg.MaterializeResult:
     """Passages of the documents, with exact character spans, sized for the default embedding model."""
     return _result(steps.split_chunks(bench), max_tokens=bench.settings.chunking.max_tokens)
 

