@@ -2,7 +2,7 @@
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$python && break; done)
 MODELS ?=
-PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
+PIP = .venv/bin/python -m pip install -qq --disable-pip-version-check
 INSTALLED = .venv/.installed
 CPU_TORCH = import json, platform, sys; t = [i for i in json.load(sys.stdin)["install"] if i["metadata"]["name"] == "torch"]; \
 	v = t[0]["metadata"]["version"] if t else "+cpu"; \

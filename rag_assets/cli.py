@@ -143,7 +143,9 @@ def search(query: str, top_k: Annotated[int, typer.Option(min=1, max=50)] = 5, a
 
 
 @app.command()
-def compare(folder: Path, models: Annotated[str, typer.Option(help="Comma-separated model names, or all.")] = "all", as_json: Json = False) -> None:
+def compare(
+    folder: Path, models: Annotated[str, typer.Option(help="Comma-separated model names, or all.")] = "all", as_json: Json = False
+) -> None:
     """Which embedding model is best for a BEIR-layout folder? The release is not touched."""
     from evals.reports import leaderboard_json, leaderboard_table
     from rag_assets.compare import compare as run_comparison
@@ -168,18 +170,24 @@ def promote(
     """Promote a snapshot; its evidence is verified again at this moment."""
     from rag_assets.status import promote_named
 
-    _changed(lambda settings: promote_named(settings, snapshot, override=override, allow_shrink=allow_shrink, reason=reason), as_json=as_json)
+    _changed(
+        lambda settings: promote_named(settings, snapshot, override=override, allow_shrink=allow_shrink, reason=reason), as_json=as_json
+    )
 
 
 @app.command()
 def rollback(
-    to: Annotated[str, typer.Option(help="An earlier snapshot; default: the previous one.")] = "", reason: Reason = "", as_json: Json = False
+    to: Annotated[str, typer.Option(help="An earlier snapshot; default: the previous one.")] = "",
+    reason: Reason = "",
+    as_json: Json = False,
 ) -> None:
     """Make the previous snapshot live again."""
     from rag_serving import promotion
 
     _changed(
-        lambda settings: promotion.rollback(_store(settings), actor=_actor(settings), reason=reason or "rolled back by hand", to=to or None),
+        lambda settings: promotion.rollback(
+            _store(settings), actor=_actor(settings), reason=reason or "rolled back by hand", to=to or None
+        ),
         as_json=as_json,
     )
 
@@ -226,7 +234,9 @@ def doctor(as_json: Json = False) -> None:
     else:
         for finding in findings:
             mark = "[green]ok[/]  " if finding.ok else "[red]fix[/] "
-            console.print(mark, f"[bold]{finding.name}[/]", finding.detail, *([f"\n     {finding.fix}"] if finding.fix else []), highlight=False)
+            console.print(
+                mark, f"[bold]{finding.name}[/]", finding.detail, *([f"\n     {finding.fix}"] if finding.fix else []), highlight=False
+            )
     raise typer.Exit(0 if all(finding.ok for finding in findings) else 1)
 
 

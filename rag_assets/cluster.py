@@ -51,10 +51,10 @@ def server(data: Path, *, durable: bool = True) -> Iterator[URL]:
     data.parent.mkdir(parents=True, exist_ok=True)
     gate = data.with_name(f"{data.name}.gate")
     with data.with_name(f"{data.name}.users").open("a") as users:
-        with _exclusive(gate):
-            fcntl.flock(users, fcntl.LOCK_SH)
-            url = _start(data, durable=durable)
         try:
+            with _exclusive(gate):
+                fcntl.flock(users, fcntl.LOCK_SH)
+                url = _start(data, durable=durable)
             yield url
         finally:
             with _exclusive(gate):
@@ -111,21 +111,21 @@ def _open_parents(path: Path) -> None:
 
 
 def _run(program: str, *arguments: str, account: _Account) -> None:
-    # A file, not a pipe: the server inherits it and would keep a pipe open.
-    with tempfile.TemporaryFile() as output:
-        done = subprocess.run(
-            [str(_programs() / program), *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            check=False,
-            cwd="/",
-            **account,
+    """Run one of the wheel's programs to its end, also when interrupted meanwhile: half a start could not be undone."""
+    with tempfile.TemporaryFile() as output:  # not a pipe: the server inherits it and would keep it open
+        command = [str(_programs() / program), *arguments]
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd="/", start_new_session=True, **account
         )
+        try:
+            code = process.wait()
+        except BaseException:
+            process.wait()
+            raise
         output.seek(0)
         said = output.read().decode(errors="replace").strip()
-    if done.returncode:
-        raise PlatformError(f"{program} failed: {(said.splitlines() or ['no output'])[-1]}", fix=f"Its command: {shlex.join(done.args)}.")
+    if code:
+        raise PlatformError(f"{program} failed: {(said.splitlines() or ['no output'])[-1]}", fix=f"Its command: {shlex.join(command)}.")
 
 
 def _initialise(data: Path, account: _Account, *, durable: bool) -> None:
@@ -240,8 +240,10 @@ def _stop(data: Path) -> None:
     """A fast shutdown: clients are cut off, everything committed is on disk. By signal, since that needs no access to the folders."""
     deadline = time.monotonic() + START_SECONDS
     if running := _running(data):
-        with suppress(psutil.NoSuchProcess):
+        try:
             running[0].send_signal(signal.SIGINT)
+        except psutil.Error:  # gone already, or another user's
+            return
     while running := _running(data):
         if time.monotonic() > deadline:
             raise PlatformError(f"Postgres (process {running[0].pid}) does not stop.", fix=f"Its log is {data / 'log'}.")

@@ -19,7 +19,9 @@ def compare(settings: Settings, folder: Path, *, models: Sequence[str], reporter
     Vectors and snapshots stay in a scratch store under the state folder, so that asking again is quick. The release is never touched.
     """
     if not folder.is_dir():
-        raise SourceError(f"there is no folder {folder}.", fix="Give a folder with corpus.jsonl, queries.jsonl and qrels/test.tsv (BEIR layout).")
+        raise SourceError(
+            f"there is no folder {folder}.", fix="Give a folder with corpus.jsonl, queries.jsonl and qrels/test.tsv (BEIR layout)."
+        )
     address = f"beir:{folder.resolve()}"
     chosen = settings.model_copy(
         update={
@@ -29,9 +31,10 @@ def compare(settings: Settings, folder: Path, *, models: Sequence[str], reporter
     )
     scratch = LocalStore(settings.home / "compare" / fingerprint_of(address)[:16])
     bench = Workbench(chosen, store=scratch, reporter=reporter)
-    for step in (steps.list_source_files, steps.parse_documents, steps.split_chunks):
-        step(bench)
+    steps.list_source_files(bench)
+    steps.parse_documents(bench)
     eval_set = steps.load_eval_set(bench)
+    steps.split_chunks(bench)
     rows: list[LeaderboardRow] = []
     evaluations = []
     for name in models:

@@ -52,7 +52,7 @@ def check_contract(expectations: Sequence[Expectation], table: pa.Table) -> Iter
     import great_expectations as gx  # measured: the import takes 7 s
 
     context = gx.get_context(mode="ephemeral")
-    context.variables.progress_bars = {"globally": False}
+    context.variables.progress_bars = {"globally": False}  # type: ignore[assignment]  # as its own documentation does
     source = context.data_sources.add_pandas("table")
     batch = source.add_dataframe_asset("rows").add_batch_definition_whole_dataframe("all").get_batch({"dataframe": table.to_pandas()})
     suite = gx.ExpectationSuite(name="contract")
@@ -62,7 +62,9 @@ def check_contract(expectations: Sequence[Expectation], table: pa.Table) -> Iter
     by_kind = {(result.expectation_config.type, _column(result.expectation_config.kwargs)): result for result in results}
     for expectation in expectations:
         result = by_kind[(_snake(expectation.kind), _column(expectation.arguments))]
-        shown = {name: result.result[name] for name in ("observed_value", "unexpected_count", "unexpected_percent") if name in result.result}
+        shown = {
+            name: result.result[name] for name in ("observed_value", "unexpected_count", "unexpected_percent") if name in result.result
+        }
         yield Finding(expectation, bool(result.success), {name: value for name, value in shown.items() if value is not None})
 
 

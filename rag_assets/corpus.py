@@ -7,14 +7,13 @@ import hashlib
 import io
 import json
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rag_serving.errors import AlreadyExists, StoreError
+from rag_serving.errors import StoreError
 from rag_serving.store import Store
 
 
@@ -49,8 +48,7 @@ def derive(store: Store, name: str, *, made_from: str, rows: Callable[[], list[d
     pq.write_table(pa.Table.from_pylist(made, schema=schema), buffer, compression="zstd")
     data = buffer.getvalue()
     table = Table(name, hashlib.sha256(data).hexdigest(), fingerprint_of(made), made_from, len(made))
-    with suppress(AlreadyExists):
-        store.create(table.key, data)
+    store.write(table.key, data)
     pointer = asdict(table)
     pointer.pop("reused")
     store.write(f"corpus/{name}.json", json.dumps(pointer, indent=2).encode())
@@ -80,7 +78,9 @@ def read_table(store: Store, name: str) -> tuple[Table, pa.Table]:
 
 
 SOURCE_FILES = pa.schema([("uri", pa.string()), ("sha256", pa.string()), ("size", pa.int64())])
-DOCUMENTS = pa.schema([("doc_id", pa.string()), ("uri", pa.string()), ("title", pa.string()), ("text", pa.string()), ("metadata", pa.string())])
+DOCUMENTS = pa.schema(
+    [("doc_id", pa.string()), ("uri", pa.string()), ("title", pa.string()), ("text", pa.string()), ("metadata", pa.string())]
+)
 CHUNKS = pa.schema(
     [
         ("chunk_id", pa.string()),

@@ -12,8 +12,10 @@ from rag_assets.leaderboard import leaderboard_rows
 from rag_assets.line import LineResult
 from rag_assets.terminal import print_standings
 from rag_assets.workbench import Workbench
+from rag_serving.context import assemble
 from rag_serving.encoding import LocalEncoder
 from rag_serving.errors import NotReady
+from rag_serving.generation import extract
 from rag_serving.releases import Ledger
 from rag_serving.retrieval import Hit, Retriever
 
@@ -42,8 +44,13 @@ def _answer(console: Console, bench: Workbench) -> None:
     heldout = steps.load_eval_set(bench).half("heldout")
     question = min(heldout.queries, key=lambda query: query.query_id).text
     snapshot_id, hits = search_release(bench, question, k=bench.settings.serving.top_k)
+    answer = extract(question, assemble(hits))
     console.rule("one question, from the promoted snapshot")
     console.print(f"[bold]{escape(question)}[/]  [dim]{snapshot_id}[/]", highlight=False)
+    console.print(escape(answer.text), highlight=False)
+    for passage in answer.cited:
+        console.print(f"  [bold]\\[{passage.number}][/] {escape(passage.hit.title)}  [dim]{escape(passage.hit.uri)}[/]", highlight=False)
+    console.print()
 
 
 def search_release(bench: Workbench, query: str, *, k: int) -> tuple[str, list[Hit]]:

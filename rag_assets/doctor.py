@@ -18,6 +18,7 @@ from rag_assets.cluster import server
 from rag_assets.platform import holder_of, port_is_free, services
 from rag_assets.postgres import reach
 from rag_serving.errors import RaglineError
+from rag_serving.models import computes_bfloat16
 from rag_serving.settings import CONFIG_NAME, Settings
 
 GIB = 1024**3
@@ -70,12 +71,10 @@ def _machine(settings: Settings) -> Iterator[Finding]:
     )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     yield Finding("cores", ok=True, detail=f"{cores} usable; OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}")
-    yield Finding("bfloat16", ok=True, detail="AMX: models may embed in bfloat16" if _has_amx() else "no AMX: models embed in float32")
-
-
-def _has_amx() -> bool:
-    cpu = Path("/proc/cpuinfo")
-    return cpu.is_file() and re.search(r"\bamx_bf16\b", cpu.read_text(encoding="utf-8")) is not None
+    detail = (
+        "computed by this CPU: models embed in bfloat16" if computes_bfloat16() else "not computed by this CPU: models embed in float32"
+    )
+    yield Finding("bfloat16", ok=True, detail=detail)
 
 
 def _configuration(settings: Settings) -> Iterator[Finding]:

@@ -56,7 +56,9 @@ class EmbeddingCache:
         for name in self._store.names(self._prefix):
             data = self._store.read(f"{self._prefix}/{name}")
             if hashlib.sha256(data).hexdigest() != name.removesuffix(".parquet"):
-                raise StoreError(f"embedding segment {self._prefix}/{name} is damaged.", fix="Delete that file; its texts are embedded again.")
+                raise StoreError(
+                    f"embedding segment {self._prefix}/{name} is damaged.", fix="Delete that file; its texts are embedded again."
+                )
             table = pq.read_table(io.BytesIO(data))
             matrix = table["vector"].combine_chunks().flatten().to_numpy().reshape(-1, self._dims)
             vectors.update(zip(table["key"].to_pylist(), matrix, strict=True))
@@ -99,7 +101,9 @@ def embed(store: Store, encoder: DocumentEncoder, texts: Sequence[str], *, progr
 def check_vectors(vectors: Vectors, *, rows: int, dims: int) -> None:
     """ModelError unless `vectors` is float32 (rows, dims), finite and of unit norm."""
     if vectors.shape != (rows, dims) or vectors.dtype != np.float32:
-        raise ModelError(f"the model gave {vectors.dtype} {vectors.shape}, expected float32 ({rows}, {dims}).", fix="Check dims in ragline.toml.")
+        raise ModelError(
+            f"the model gave {vectors.dtype} {vectors.shape}, expected float32 ({rows}, {dims}).", fix="Check dims in ragline.toml."
+        )
     norms = np.linalg.norm(vectors, axis=1)
     if not np.isfinite(vectors).all() or (np.abs(norms - 1) > 1e-3).any():
         bad = int((~(np.abs(norms - 1) <= 1e-3)).sum())

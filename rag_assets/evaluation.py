@@ -17,11 +17,13 @@ from evals.metrics import QueryRow, document_ranking, score_rankings, summarise
 from rag_serving.encoding import Encoder, Vectors
 from rag_serving.errors import AlreadyExists, StoreError
 from rag_serving.retrieval import Retriever
-from rag_serving.settings import Weights
+from rag_serving.settings import Retrieval, Weights, Wording
 from rag_serving.snapshots import Manifest
 from rag_serving.store import Store
 
-BM25_ALONE = Weights(dense_text=0, dense_title=0, bm25_text=1, bm25_title=0)
+_NO_WORDING = Wording(pool=0)
+BM25_ALONE = Retrieval(weights=Weights(dense_text=0, dense_title=0, bm25_text=1, bm25_title=0), wording=_NO_WORDING)
+DENSE_ALONE = Retrieval(weights=Weights(dense_text=1, dense_title=0, bm25_text=0, bm25_title=0), wording=_NO_WORDING)
 _DEPTH = 100
 _RECALL_SAMPLE = 200
 _ENCODE_BATCH = 256
@@ -63,7 +65,7 @@ async def measure(
     eval_set: EvalSet,
     *,
     k: int,
-    weights: Weights | None = None,
+    fusion: Retrieval | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[QueryRow, ...]:
     """Retrieve for each query in turn and score the document ranking; `vectors` has a row a query, None for words alone."""
@@ -71,7 +73,7 @@ async def measure(
     latencies: dict[str, float] = {}
     for number, query in enumerate(eval_set.queries):
         started = time.perf_counter()
-        hits = await retriever.retrieve(query.text, None if vectors is None else vectors[number], k=_DEPTH, weights=weights)
+        hits = await retriever.retrieve(query.text, None if vectors is None else vectors[number], k=_DEPTH, fusion=fusion)
         latencies[query.query_id] = (time.perf_counter() - started) * 1000
         rankings[query.query_id] = document_ranking((hit.chunk_id, hit.doc_id, hit.score) for hit in hits)
         if progress and (number + 1) % 50 == 0:
@@ -119,7 +121,7 @@ async def evaluate(
         vectors = await encode_queries(encoder(), eval_set)
         await retriever.warm_up()
         rows = await measure(retriever, vectors, eval_set, k=k, progress=progress)
-        bm25 = await measure(retriever, None, eval_set, k=k, weights=BM25_ALONE)
+        bm25 = await measure(retriever, None, eval_set, k=k, fusion=BM25_ALONE)
         recall = await ann_recall(retriever, vectors, k=k)
     finally:
         retriever.close()
@@ -180,4 +182,3 @@ def _write(store: Store, evaluation: Evaluation, rows: Sequence[QueryRow]) -> No
 
 def _age_days(evaluation: Evaluation) -> float:
     return (datetime.now(UTC) - datetime.fromisoformat(evaluation.measured_at)).total_seconds() / 86400
-

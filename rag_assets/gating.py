@@ -15,7 +15,6 @@ from rag_serving.settings import Gate
 from rag_serving.store import Store
 from rag_serving.verdicts import RETRIEVAL_QUALITY, Verdict, read_verdict, write_verdict
 
-
 Status = Literal["champion", "passed", "refused", "inconclusive", "unjudged"]
 _STATUS: Mapping[str, Status] = {"PASS": "passed", "FAIL": "refused", "INCONCLUSIVE": "inconclusive"}
 
@@ -36,7 +35,9 @@ def standings(store: Store, evaluations: Sequence[Evaluation]) -> list[Standing]
     for evaluation in sorted(evaluations, key=best_first):
         verdict = read_verdict(store, evaluation.snapshot_id, RETRIEVAL_QUALITY)
         if live and live.snapshot_id == evaluation.snapshot_id:
-            found.append(Standing(evaluation, "champion", f"release {live.number}; {verdict.summary if verdict else 'promoted by override'}"))
+            found.append(
+                Standing(evaluation, "champion", f"release {live.number}; {verdict.summary if verdict else 'promoted by override'}")
+            )
         elif verdict is None:
             found.append(Standing(evaluation, "unjudged", "no verdict yet"))
         else:

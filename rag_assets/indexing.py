@@ -14,13 +14,14 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from rag_serving.errors import SnapshotError
-from rag_serving.retrieval import Retriever, open_table
+from rag_serving.fusion import title_distinctness
+from rag_serving.retrieval import Retriever, embedded_text, open_table
 from rag_serving.settings import Index, ModelSpec, Retrieval
 from rag_serving.snapshots import TABLE, Manifest, find_by_build_key, hash_tree, seal, snapshot_key
 from rag_serving.store import Store
 
 Vectors = NDArray[np.float32]
-_CODE_VERSION = "snapshot-1"
+_CODE_VERSION = "snapshot-2"
 _REFINE = 4
 _SAMPLE = 200
 
@@ -96,6 +97,7 @@ async def build_snapshot(
             chunking=dict(recipe.chunking),
             index=index,
             retrieval=recipe.retrieval.model_dump(),
+            title_distinctness=_distinctness(chunks),
             parent=parent,
             lancedb=version("lancedb"),
             built_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -103,7 +105,9 @@ async def build_snapshot(
         )
         health = await _freeze(folder, manifest, vectors)
         if health.problems:
-            raise SnapshotError(f"the new snapshot is not sound: {'; '.join(health.problems)}.", fix="Correct the rows or the index settings.")
+            raise SnapshotError(
+                f"the new snapshot is not sound: {'; '.join(health.problems)}.", fix="Correct the rows or the index settings."
+            )
         manifest = Manifest(**{**{name: getattr(manifest, name) for name in Manifest.__slots__}, "files": hash_tree(folder)})
         seal(folder, manifest)
         store.publish(folder, snapshot_key(manifest.snapshot_id))
@@ -138,16 +142,16 @@ def _with_vectors(chunks: pa.Table, vectors: Vectors, title_vectors: Vectors) ->
     return chunks
 
 
-def embedded_text(title: str, text: str) -> str:
-    """The text that stands for a chunk, in the vector index and in the full-text index alike."""
-    return f"{title}\n{text}" if title and not text.startswith(title) else text
+def _distinctness(chunks: pa.Table) -> float:
+    titles = dict(zip(chunks["doc_id"].to_pylist(), chunks["title"].to_pylist(), strict=True))
+    return round(title_distinctness(titles.values()), 6)
 
 
 async def _write_table(folder: Path, rows: pa.Table, index: Index, *, indexed: bool) -> None:
     import lancedb
     from lancedb.index import FTS, HnswSq
 
-    database = await lancedb.connect_async(folder.resolve())
+    database = await lancedb.connect_async(folder)
     table = await database.create_table(TABLE, rows)
     for column in ("content", "title"):
         await table.create_index(column, config=FTS(with_position=False))
@@ -155,7 +159,7 @@ async def _write_table(folder: Path, rows: pa.Table, index: Index, *, indexed: b
         for column in ("vector", "title_vector"):
             await table.create_index(column, config=HnswSq(distance_type="cosine", m=index.m, ef_construction=index.ef_construction))
     await table.optimize(cleanup_older_than=timedelta(days=36500))
-    table.close()
+    table.close()  # type: ignore[no-untyped-call]
 
 
 async def _freeze(folder: Path, manifest: Manifest, vectors: Vectors) -> Health:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from rag_assets import steps
 from rag_assets.gating import Standing, standings
 from rag_assets.postgres import export, postgres
+from rag_assets.sources import open_source
 from rag_assets.workbench import Workbench
 from rag_serving.errors import PlatformError
 from rag_serving.releases import Ledger, State
@@ -35,6 +36,7 @@ def run_line(bench: Workbench, models: Sequence[str]) -> LineResult:
     """
     for name in models:
         bench.settings.model(name)
+    next(iter(open_source(bench.settings.corpus.source, root=bench.settings.root).files()), None)
     before = Ledger(bench.store).last_number()
     with postgres(bench.settings) as databases:
         os.environ.update(export(databases))
@@ -59,7 +61,9 @@ def _execute_jobs(bench: Workbench, models: Sequence[str]) -> None:
                 build.execute_in_process(run_config=_QUIET, instance=instance, partition_key=name, resources={"bench": bench})
             except dg.DagsterError as error:
                 if not _evaluated(bench, name):
-                    raise PlatformError(f"the Dagster run for {name} failed: {error}", fix="Look at it in the Dagster UI: `make up`.") from error
+                    raise PlatformError(
+                        f"the Dagster run for {name} failed: {error}", fix="Look at it in the Dagster UI: `make up`."
+                    ) from error
         bench.reporter.note("── release")
         promote.execute_in_process(run_config=_QUIET, instance=instance, resources={"bench": bench})
 

@@ -80,7 +80,9 @@ def print_status(console: Console, facts: dict[str, Any]) -> None:
         console.print("Nothing is released yet. Make the first release with `ragline run`.")
         return
     shown = "  ".join(f"{name} {value:.3f}" for name, value in champion["metrics"].items() if name.startswith(("mrr_at", "ndcg", "recall")))
-    console.print(f"[bold green]release {facts['release']}[/]  {champion['embedding_model']}  [dim]{champion['snapshot_id']}[/]", highlight=False)
+    console.print(
+        f"[bold green]release {facts['release']}[/]  {champion['embedding_model']}  [dim]{champion['snapshot_id']}[/]", highlight=False
+    )
     console.print(f"  {champion['documents']:,} documents, {champion['chunks']:,} chunks; {shown}", highlight=False)
     previous = facts["previous"]
     console.print(f"  previous: {previous['snapshot_id'] if previous else 'none'}", highlight=False)
@@ -119,7 +121,7 @@ def follow(settings: Settings, number: int, *, patience_seconds: float = 5.0) ->
     started = time.perf_counter()
     while time.perf_counter() - started < patience_seconds:
         try:
-            with urlopen(url, timeout=1) as reply:  # noqa: S310 - http, this machine
+            with urlopen(url, timeout=1) as reply:
                 if (json.loads(reply.read()).get("open") or {}).get("release") == number:
                     return round(time.perf_counter() - started, 3)
         except (URLError, OSError, ValueError):

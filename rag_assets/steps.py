@@ -13,13 +13,14 @@ from rag_assets.corpus import CHUNKS, DOCUMENTS, SOURCE_FILES, Table, current_ta
 from rag_assets.embedding import Embedded, embed
 from rag_assets.evaluation import Evaluation, evaluate, read_evaluation
 from rag_assets.gating import release
-from rag_assets.indexing import Health, Recipe, build_snapshot, embedded_text
+from rag_assets.indexing import Health, Recipe, build_snapshot
 from rag_assets.sources import Document, open_source
 from rag_assets.tracking import TrackedRun, try_track
 from rag_assets.workbench import Workbench
 from rag_serving.encoding import LocalEncoder
 from rag_serving.errors import SnapshotError
 from rag_serving.releases import Entry, Ledger, current_actor
+from rag_serving.retrieval import embedded_text
 from rag_serving.snapshots import Manifest, read_manifest
 
 
@@ -68,7 +69,9 @@ class Measured:
 def list_source_files(bench: Workbench) -> Table:
     address = bench.settings.corpus.source
     files = [asdict(file) for file in open_source(address, root=bench.settings.root).files()]
-    return derive(bench.store, "source_files", made_from=fingerprint_of("source-files-1", address, files), rows=lambda: files, schema=SOURCE_FILES)
+    return derive(
+        bench.store, "source_files", made_from=fingerprint_of("source-files-1", address, files), rows=lambda: files, schema=SOURCE_FILES
+    )
 
 
 def parse_documents(bench: Workbench) -> Table:
@@ -77,7 +80,9 @@ def parse_documents(bench: Workbench) -> Table:
 
     def rows() -> list[dict[str, object]]:
         with bench.reporter.bar("reading documents"):
-            return [{**asdict(document), "metadata": json.dumps(dict(document.metadata), sort_keys=True)} for document in source.documents()]
+            return [
+                {**asdict(document), "metadata": json.dumps(dict(document.metadata), sort_keys=True)} for document in source.documents()
+            ]
 
     return derive(bench.store, "documents", made_from=fingerprint_of("documents-1", files.content_sha256), rows=rows, schema=DOCUMENTS)
 
@@ -209,5 +214,3 @@ def release_current(bench: Workbench) -> Entry | None:
 
 def _require(bench: Workbench, name: str) -> Table:
     return current_table(bench.store, name) or read_table(bench.store, name)[0]
-
-

@@ -1,5 +1,6 @@
 """What a person sees in a terminal: progress bars while the line runs, and the reports at its end."""
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -28,16 +29,20 @@ class TerminalReporter:
     @contextmanager
     def bar(self, title: str) -> Iterator[Bar]:
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=self._console, transient=True) as progress:
+        with Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal) as progress:
             task = progress.add_task(escape(title), total=None)
 
+            reached = 0
+
             def update(done: int, total: int) -> None:
+                nonlocal reached
+                reached = done
                 progress.update(task, completed=done, total=total)
 
+            started = time.perf_counter()
             yield update
-            last = progress.tasks[0]
-        if last.total:
-            self._console.print(f"[dim]  {escape(title)}: {int(last.completed):,} in {last.elapsed or 0:.1f} s[/]")
+        if reached:
+            self._console.print(f"[dim]  {escape(title)}: {reached:,} in {time.perf_counter() - started:.1f} s[/]")
 
 
 def print_standings(console: Console, found: Sequence[Standing]) -> None:

@@ -5,12 +5,16 @@ Logging is idempotent and may fail: an evaluation that did not reach MLflow is l
 
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rag_assets.evaluation import Evaluation, read_rows
 from rag_assets.workbench import Workbench
 from rag_serving.settings import Settings
 from rag_serving.snapshots import Manifest
 from rag_serving.store import Store
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 _TAG = "ragline.evaluation"
 
@@ -32,13 +36,19 @@ def track(settings: Settings, store: Store, manifest: Manifest, evaluation: Eval
     client = mlflow.MlflowClient(tracking_uri=tracking_uri(settings))
     experiment_id = _experiment(client, settings, evaluation)
     identity = f"{evaluation.key}@{evaluation.measured_at}"
-    found = client.search_runs([experiment_id], filter_string=f"tags.`{_TAG}` = '{identity}' and attributes.status = 'FINISHED'", max_results=1)
+    found = client.search_runs(
+        [experiment_id], filter_string=f"tags.`{_TAG}` = '{identity}' and attributes.status = 'FINISHED'", max_results=1
+    )
     if found:
         return _tracked(settings, found[0].info.run_id, experiment_id)
     run = client.create_run(experiment_id, run_name=evaluation.embedding_model)
     run_id = run.info.run_id
     at = run.info.start_time
-    metrics = {**evaluation.metrics, **{f"bm25_{name}": value for name, value in evaluation.bm25.items()}, "ann_recall": evaluation.ann_recall}
+    metrics = {
+        **evaluation.metrics,
+        **{f"bm25_{name}": value for name, value in evaluation.bm25.items()},
+        "ann_recall": evaluation.ann_recall,
+    }
     tags = {
         _TAG: identity,
         "ragline.snapshot_id": evaluation.snapshot_id,
@@ -86,7 +96,7 @@ def tracking_uri(settings: Settings) -> str | None:
     return settings.places.mlflow_url or os.environ.get("MLFLOW_TRACKING_URI")
 
 
-def _experiment(client: "mlflow.MlflowClient", settings: Settings, evaluation: Evaluation) -> str:  # noqa: F821
+def _experiment(client: "MlflowClient", settings: Settings, evaluation: Evaluation) -> str:
     from mlflow.exceptions import MlflowException
 
     name = f"retrieval/{evaluation.eval_set}/{evaluation.eval_set_sha256[:8]}"

@@ -40,7 +40,9 @@ def _parsed(body: bytes) -> Any:
     try:
         return json.loads(body.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError):
-        raise QueryError("the body is not valid JSON.", code="invalid_json", fix='Send an object such as {"query": "..."}, in UTF-8.') from None
+        raise QueryError(
+            "the body is not valid JSON.", code="invalid_json", fix='Send an object such as {"query": "..."}, in UTF-8.'
+        ) from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from rag_serving.models import EmbeddingModel
 Vectors = npt.NDArray[np.float32]
 
 MOST_WAITING = 128  # pieces of each kind; more is refused
-PIECE = 16  # documents encoded before waiting queries get their turn
+PIECE_SECONDS = 0.25  # about how long documents are encoded before waiting queries get their turn
+PIECES = (1, 256)  # least and most documents of a piece
 TOGETHER = 32  # queries encoded as one batch
 QUERY_TURNS = 8  # query batches in a row before a waiting document piece gets its turn
 
@@ -42,12 +43,22 @@ class Bench:
         self._queries: deque[_Piece] = deque()
         self._documents: deque[_Piece] = deque()
         self._work = asyncio.Event()
+        self._pace: dict[str, float] = {}  # seconds a document, by fingerprint
 
     async def encode(self, model: EmbeddingModel, texts: Sequence[str], *, query: bool) -> tuple[Vectors, int]:
         """Vectors in the order of the texts, and the number of tokens. Raises Overloaded, ModelError."""
-        size = TOGETHER if query else PIECE
-        parts = [await self._wait_for(model, texts[start : start + size], query=query) for start in range(0, len(texts), size)]
+        parts: list[tuple[Vectors, int]] = []
+        start = 0
+        while start < len(texts):
+            end = start + (TOGETHER if query else self._piece_size(model))
+            parts.append(await self._wait_for(model, texts[start:end], query=query))
+            start = end
         return np.concatenate([vectors for vectors, _ in parts]), sum(tokens for _, tokens in parts)
+
+    def _piece_size(self, model: EmbeddingModel) -> int:
+        """As many documents as fit into PIECE_SECONDS at the pace of the last piece; one, when none was timed yet."""
+        least, most = PIECES
+        return max(least, min(most, int(PIECE_SECONDS / self._pace[model.fingerprint]))) if model.fingerprint in self._pace else least
 
     async def _wait_for(self, model: EmbeddingModel, texts: Sequence[str], *, query: bool) -> tuple[Vectors, int]:
         line = self._queries if query else self._documents
@@ -89,6 +100,7 @@ class Bench:
         return pieces
 
     async def _compute(self, loop: asyncio.AbstractEventLoop, pieces: list[_Piece]) -> None:
+        before = loop.time()
         try:
             results = await loop.run_in_executor(self._thread, _encode_pieces, pieces)
         except Exception as error:  # noqa: BLE001 - the waiting requests get it; the bench must go on
@@ -98,6 +110,8 @@ class Bench:
             elif not pieces[0].done.done():
                 pieces[0].done.set_exception(error)
             return
+        if not pieces[0].query:
+            self._pace[pieces[0].model.fingerprint] = max(1e-6, (loop.time() - before) / len(pieces[0].texts))
         for piece, result in zip(pieces, results, strict=True):
             if not piece.done.done():
                 piece.done.set_result(result)

@@ -1,34 +1,59 @@
-"""Fusing retrieval signals into one score per candidate. Pure numbers: rows are candidates, columns are signals."""
+"""Fusing retrieval signals into one score per candidate. Pure numbers; nothing here reads a table."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
 DENSE = ("dense_text", "dense_title")
 LEXICAL = ("bm25_text", "bm25_title")
-SIGNALS = (*DENSE, *LEXICAL)
+TITLE = ("dense_title", "bm25_title")
+_BM25_SCALE = 20.0
 _RRF_K = 60.0
 
 Scores = Mapping[str, NDArray[np.float64]]
 
 
-def fuse_scores(signals: Scores, weights: Mapping[str, float]) -> NDArray[np.float64]:
-    """Weighted mean of normalised signals, in [0, 1] up to the sign of a cosine.
+def title_distinctness(titles: Iterable[str]) -> float:
+    """Share of distinct non-empty titles among the documents that `titles` are of, 0 to 1.
 
-    A cosine is used as it is; a BM25 score (0 for a candidate the query's words do not reach) is divided by the query's best.
+    Titles that name a document say much about it; a heading shared by a hundred documents says little. Title signals weigh by this.
     """
-    total = sum(weights[name] for name in signals)
+    folded = [title.strip().casefold() for title in titles]
+    return len(set(folded) - {""}) / max(len(folded), 1)
+
+
+def effective_weights(weights: Mapping[str, float], distinctness: float) -> dict[str, float]:
+    """`weights` with those of the title signals scaled by the corpus' title distinctness; signals of weight 0 are left out."""
+    scaled = {name: weight * (distinctness if name in TITLE else 1.0) for name, weight in weights.items()}
+    return {name: weight for name, weight in scaled.items() if weight > 0}
+
+
+def align(found: Mapping[str, Mapping[int, float]], *, depth: int) -> tuple[NDArray[np.int64], dict[str, NDArray[np.float64]]]:
+    """Candidates of all signals as sorted rows, and each signal's score of every candidate.
+
+    A candidate that is missing from a signal's hits scored no more than its last hit, so it gets that score; a BM25 signal that found fewer
+    than `depth` has seen every match, so the missing get 0.
+    """
+    rows = np.array(sorted(set().union(*found.values())), dtype=np.int64)
+    aligned = {}
+    for name, scores in found.items():
+        exhausted = not scores or (name in LEXICAL and len(scores) < depth)
+        floor = 0.0 if exhausted else min(scores.values())
+        aligned[name] = np.array([scores.get(row, floor) for row in rows.tolist()])
+    return rows, aligned
+
+
+def fuse_scores(signals: Scores, weights: Mapping[str, float]) -> NDArray[np.float64]:
+    """Weighted sum of cosines and of BM25 scores divided by 20, which brings a strong match to about 1. No per-query normalisation."""
     fused: NDArray[np.float64] = np.zeros(len(next(iter(signals.values()))))
     for name, values in signals.items():
-        best = float(values.max(initial=0.0))
-        normalised = values if name in DENSE else values / best if best > 0 else values
-        fused += weights[name] / total * normalised
+        fused += weights[name] * (values if name in DENSE else values / _BM25_SCALE)
     return fused
 
 
 def fuse_ranks(signals: Scores, weights: Mapping[str, float]) -> NDArray[np.float64]:
-    """Reciprocal rank fusion (Cormack, Clarke and Buettcher 2009), k = 60, weighted; a candidate with score 0 in a lexical signal gets none of it."""
+    """Reciprocal rank fusion (Cormack, Clarke and Buettcher 2009), k = 60, weighted; a candidate with BM25 score 0 gets nothing for it."""
     fused: NDArray[np.float64] = np.zeros(len(next(iter(signals.values()))))
     for name, values in signals.items():
         ranks = np.empty(len(values))

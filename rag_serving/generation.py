@@ -2,8 +2,9 @@
 
 The rule. A query word (stop words aside, endings cut off) weighs ln(1 + N / n) when n of the N sentences have it, so that a rare word
 counts for more. A sentence scores the share of the query's weight that it covers; words that only its passage's title or heading has count
-half. Lower ranks are discounted by 1 / (1 + 0.15 (rank - 1)). The best sentence is quoted first; another follows when it scores at least
-0.6 of the best, at most three in all, in the order of passages. When no sentence covers a quarter of the query's weight, there is no answer.
+half. The score is divided by 1 + 0.15 (rank - 1) of its passage and by 1 + (characters past 160) / 400, and halved for a sentence that only
+points elsewhere ("For more information, see ..."). The best sentence is quoted, and up to two more that score at least 0.7 of it, in the
+order of the passages. When no sentence reaches 0.25, there is no answer.
 """
 
 import math
@@ -15,24 +16,30 @@ from dataclasses import dataclass
 from rag_serving.context import Passage
 
 MOST_SENTENCES = 3
-COVERAGE_FLOOR = 0.25
-NEAR_BEST = 0.6
+SCORE_FLOOR = 0.25
+NEAR_BEST = 0.7
 RANK_DISCOUNT = 0.15
 CONTEXT_SHARE = 0.5
+POINTER_SHARE = 0.5
+COMFORTABLE = 160  # characters of a sentence that costs nothing
 LONGEST = 600  # characters of a quote
 NOTHING_FOUND = "The passages found do not answer this question."
 NO_PASSAGES = "Nothing was found for this question."
 
 _BREAK = re.compile(r"(?<=[.!?…])[\"')\]]*\s+(?=[^\sa-z])|(?<=[。！？])|\s*\n\s*\n\s*|\s*\n\s*(?=(?:[-*+•#>|]|\d+[.)])\s)")  # noqa: RUF001
 _LEAD = re.compile(r"^(?:[-*+•>|]|#{1,6}|\d+[.)])\s+")
+_POINTER = re.compile(r"(?:for (?:more )?(?:information|details|examples?)|see|refer to)\b", re.IGNORECASE)
 _WORD = re.compile(r"[^\W_]+")
 _CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _ENDINGS = ("ing", "ies", "ed", "es", "s", "e", "y")
 _STOP_WORDS = frozenset(
-    "a about all am an and any are as at be been but by can could did do does for from get had has have how i if in into is it its me my "
-    "need no not of on or our out should so some that the their them there these they this those to up use used using want was we were what when "
-    "where which who whom whose why will with would you your".split()
+    re.findall(
+        r"\w+",
+        """a about all am an and any are as at be been but by can could did do does for from get had has have how i if in into is it its
+        many me much my need no not of on or our out should so some tell that the their them there these they this those to up use used using
+        want was we were what when where which who whom whose why will with would you your""",
+    )
 )
 
 
@@ -76,7 +83,7 @@ def extract(query: str, passages: Sequence[Passage]) -> Answer:
     contexts = {passage.number: frozenset(terms(f"{passage.hit.title} {passage.hit.heading_path}")) for passage in passages}
     scored = [_score(each, contexts[each.passage.number], weights) for each in scored]
     best = max((each.score for each in scored), default=0.0)
-    if best < COVERAGE_FLOOR:
+    if best < SCORE_FLOOR:
         return Answer(NOTHING_FOUND, abstained=True)
     near = sorted((each for each in scored if each.score >= NEAR_BEST * best), key=lambda each: -each.score)
     distinct = list({" ".join(each.text.casefold().split()): each for each in reversed(near)}.values())[::-1][:MOST_SENTENCES]
@@ -96,7 +103,10 @@ def _weights(asked: frozenset[str], sentences_words: Sequence[frozenset[str]]) -
 def _score(sentence: _Sentence, context: frozenset[str], weights: dict[str, float]) -> _Sentence:
     own = sum(weight for word, weight in weights.items() if word in sentence.words)
     lent = sum(weight for word, weight in weights.items() if word in context - sentence.words)
-    score = (own + CONTEXT_SHARE * lent) / (1 + RANK_DISCOUNT * (sentence.passage.number - 1)) if own else 0.0
+    share = own + CONTEXT_SHARE * lent if own else 0.0
+    rank = 1 + RANK_DISCOUNT * (sentence.passage.number - 1)
+    length = 1 + max(0, len(sentence.text) - COMFORTABLE) / 400
+    score = share / rank / length * (POINTER_SHARE if _POINTER.match(sentence.text) else 1.0)
     return _Sentence(sentence.passage, sentence.text, sentence.words, score)
 
 

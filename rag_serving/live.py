@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from rag_serving.encoding import Encoder, RemoteEncoder
-from rag_serving.errors import NotReady, RaglineError, SnapshotError, StoreError
+from rag_serving.errors import NotReady, RaglineError, ReleaseError, SnapshotError, StoreError
 from rag_serving.releases import Entry, Ledger, Release, State, fold
 from rag_serving.retrieval import Retriever
 from rag_serving.settings import Settings
-from rag_serving.snapshots import verify
+from rag_serving.snapshots import Manifest, verify
 from rag_serving.store import Store
 
 LONGEST_PAUSE = 30.0  # seconds between attempts while a release cannot be opened
@@ -29,11 +29,12 @@ log = logging.getLogger(__name__)
 class OpenSnapshot:
     """A verified, warmed snapshot and the encoder of its embedding model. Once retired, it closes when its last user leaves."""
 
-    def __init__(self, retriever: Retriever, encoder: Encoder) -> None:
+    def __init__(self, retriever: Retriever, encoder: Encoder, closings: set[asyncio.Task[None]]) -> None:
         self.retriever = retriever
         self.encoder = encoder
         self.recheck = False
         self.closed = False
+        self._closings = closings
         self._users = 0
         self._retired = False
 
@@ -54,7 +55,9 @@ class OpenSnapshot:
         if self._retired and not self._users and not self.closed:
             self.closed = True
             self.retriever.close()
-            self._closing = asyncio.get_running_loop().create_task(self.encoder.aclose())
+            task = asyncio.get_running_loop().create_task(self.encoder.aclose())
+            self._closings.add(task)
+            task.add_done_callback(self._closings.discard)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,7 @@ class Live:
         self._ledger = Ledger(store)
         self._settings = settings
         self._open: dict[str, OpenSnapshot] = {}
+        self._closings: set[asyncio.Task[None]] = set()
         self._followed = -1
         self._pause = 0.0
         self._retry_at = 0.0
@@ -108,6 +112,7 @@ class Live:
             with suppress(asyncio.CancelledError):
                 await self._task
         self._keep(set())
+        await asyncio.gather(*self._closings)
 
     @contextmanager
     def borrow(self) -> Iterator[Serving]:
@@ -117,6 +122,11 @@ class Live:
             raise self.not_ready()
         with serving.snapshot.in_use():
             yield serving
+
+    def manifest(self, snapshot_id: str) -> Manifest | None:
+        """The manifest of a snapshot that is open here."""
+        snapshot = self._open.get(snapshot_id)
+        return snapshot.retriever.manifest if snapshot else None
 
     def not_ready(self) -> NotReady:
         if self.problem is not None:
@@ -162,7 +172,7 @@ class Live:
         champion, previous = state.champion, state.previous
         if champion is None:
             if self.serving is not None:
-                raise StoreError("the ledger names no release any more.", fix="Restore the ledger from a backup.")
+                raise ReleaseError("the ledger names no release any more.", fix="Restore the ledger from a backup.")
             return
         if self.serving is None or (self.serving.number, self.serving.snapshot_id) != (champion.number, champion.snapshot_id):
             await self._swap(champion)
@@ -175,7 +185,7 @@ class Live:
             await self._opened(previous)
 
     async def _swap(self, release: Release) -> None:
-        """Serve `release`: one that is still open at once, for its bytes were verified when it was opened, and verified again afterwards."""
+        """Serve `release`; one that is still open at once, since its bytes were verified when it was opened, and are again later."""
         started = time.perf_counter()
         reused = self._open.get(release.snapshot_id)
         if reused is not None:
@@ -187,10 +197,9 @@ class Live:
 
     async def _opened(self, release: Release) -> OpenSnapshot:
         retriever = await Retriever.open(self._store, release.snapshot_id)
+        manifest = retriever.manifest
         try:
-            manifest = retriever.manifest
-            if manifest.sha256 != release.manifest_sha256:
-                raise SnapshotError(f"{release.snapshot_id} is not the snapshot that was released.", fix="Restore it from a backup.")
+            _check_released(manifest, release)
             await retriever.warm_up()
         except BaseException:
             retriever.close()
@@ -202,12 +211,17 @@ class Live:
             dims=manifest.dims,
             timeout_seconds=self._settings.serving.encode_timeout_seconds,
         )
-        self._open[release.snapshot_id] = OpenSnapshot(retriever, encoder)
+        self._open[release.snapshot_id] = OpenSnapshot(retriever, encoder, self._closings)
         return self._open[release.snapshot_id]
 
     def _keep(self, snapshot_ids: set[str]) -> None:
         for snapshot_id in set(self._open) - snapshot_ids:
             self._open.pop(snapshot_id).retire()
+
+
+def _check_released(manifest: Manifest, release: Release) -> None:
+    if manifest.sha256 != release.manifest_sha256:
+        raise SnapshotError(f"{release.snapshot_id} is not the snapshot that was released.", fix="Restore it from a backup.")
 
 
 def _now() -> str:

@@ -37,7 +37,8 @@ def promote(
     if state.holds:
         hold = state.holds[-1]
         raise PromotionRefused(
-            f"a hold blocks every promotion: entry {hold.number} by {hold.actor}, {hold.reason!r}.", fix="Lift it with `ragline lift --reason`."
+            f"a hold blocks every promotion: entry {hold.number} by {hold.actor}, {hold.reason!r}.",
+            fix="Lift it with `ragline lift --reason`.",
         )
     verdict: Verdict | None = None
     if override:

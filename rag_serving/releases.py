@@ -174,14 +174,16 @@ class Ledger:
             at=datetime.now(UTC).isoformat(timespec="seconds"),
             snapshot_id=snapshot_id,
             manifest_sha256=manifest_sha256,
-            evidence=dict(evidence or {}),
+            evidence=json.loads(json.dumps(evidence or {})),  # as it will be read
             parent_sha256=entries[-1].sha256 if entries else _GENESIS,
         )
         fold([*entries, entry])
         try:
             self._store.create(f"{_PREFIX}/{_name(entry.number)}", entry.encode())
         except AlreadyExists:
-            raise ReleaseConflict(f"entry {entry.number} was written by somebody else.", fix="Look at `ragline releases` and try again.") from None
+            raise ReleaseConflict(
+                f"entry {entry.number} was written by somebody else.", fix="Look at `ragline releases` and try again."
+            ) from None
         return entry
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rag_serving.errors import ModelMismatch, QueryError
-from rag_serving.fusion import DENSE, LEXICAL, fuse_ranks, fuse_scores
-from rag_serving.settings import Weights
+from rag_serving.fusion import DENSE, LEXICAL, align, effective_weights, fuse_ranks, fuse_scores
+from rag_serving.settings import Retrieval, Wording
 from rag_serving.snapshots import TABLE, Manifest, snapshot_key, verify
 from rag_serving.store import Store
+from rag_serving.wording import Candidate, word_evidence
 
 VECTOR_COLUMNS = {"dense_text": "vector", "dense_title": "title_vector"}
 TEXT_COLUMNS = {"bm25_text": "content", "bm25_title": "title"}
@@ -24,7 +25,7 @@ Vector = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A retrieved chunk. `signals` holds each signal's raw score: cosine for the dense ones, BM25 for the lexical ones."""
+    """A retrieved chunk. `signals` holds each signal's raw score: a cosine, a BM25 score, and what shared wording added."""
 
     chunk_id: str
     doc_id: str
@@ -71,39 +72,59 @@ class Retriever:
     def close(self) -> None:
         self._table.close()
 
-    async def retrieve(self, query: str, vector: Vector | None, *, k: int, weights: Weights | None = None) -> list[Hit]:
+    async def retrieve(self, query: str, vector: Vector | None, *, k: int, fusion: Retrieval | None = None) -> list[Hit]:
         """The `k` best chunks, best first; ties go to the row written first.
 
-        `vector` is the query's embedding, float32 (dims,), of unit norm; None searches by words alone.
-        `weights` overrides those of the manifest, to measure one signal alone.
+        `vector` is the query's embedding, float32 (dims,), of unit norm; None searches by words alone, on text if no lexical signal has a weight.
+        `fusion` overrides that of the manifest, to measure one signal alone.
         """
-        wanted = (weights or self._fusion.weights).model_dump()
-        active = {name: weight for name, weight in wanted.items() if weight > 0 and (vector is not None or name in LEXICAL)}
-        if not active:
-            raise QueryError("no retrieval signal is active.", fix="Give at least one of retrieval.weights a value above 0.")
         if k < 1:
             raise QueryError(f"k is {k}.", fix="Ask for at least one hit.")
-        if vector is not None:
-            self._check(vector)
         query = query.encode(errors="replace").decode()  # a lone surrogate is no text that can be searched
-        depth = max(self._fusion.candidates, k)
-        found = await asyncio.gather(*(self._search(name, query, vector, depth) for name in active))
-        signals, rows = await self._complete(dict(zip(active, found, strict=True)), vector)
+        fusion = fusion or self._fusion
+        weights = effective_weights(fusion.weights.model_dump(), self.manifest.title_distinctness)
+        if vector is None:
+            weights = {name: weight for name, weight in weights.items() if name in LEXICAL} or {"bm25_text": 1.0}
+        else:
+            self._check(vector)
+        if not weights:
+            raise QueryError("no retrieval signal is active.", fix="Give at least one of retrieval.weights a value above 0.")
+        depth = max(fusion.candidates, k)
+        found = await asyncio.gather(*(self._search(name, query, vector, depth) for name in weights))
+        rows, signals = align(dict(zip(weights, found, strict=True)), depth=depth)
         if not len(rows):
             return []
-        fused = (fuse_ranks if self._fusion.fusion == "rank" else fuse_scores)(signals, active)
-        best = np.lexsort((rows, -fused))[:k]
-        return await self._hits(rows[best], fused[best], {name: values[best] for name, values in signals.items()})
+        fused = (fuse_ranks if fusion.fusion == "rank" else fuse_scores)(signals, weights)
+        order = np.lexsort((rows, -fused))
+        fused, rows, signals = fused[order], rows[order], {name: values[order] for name, values in signals.items()}
+        hits = await self._hits(rows[: max(k, fusion.wording.pool)], fused, signals)
+        return self._reworded(query, hits, fusion.wording)[:k]
+
+    def _reworded(self, query: str, hits: list[Hit], wording: Wording) -> list[Hit]:
+        """The best `pool` hits in the order of score plus word evidence; they stay above the rest."""
+        pool, rest = hits[: wording.pool], hits[wording.pool :]
+        candidates = [Candidate(hit.title, embedded_text(hit.title, hit.text)) for hit in pool]
+        bonus = word_evidence(query, candidates, weights=wording, distinctness=self.manifest.title_distinctness)
+        scored = [
+            replace(hit, score=hit.score + extra, signals={**hit.signals, "wording": round(extra, 6)})
+            for hit, extra in zip(pool, bonus, strict=True)
+        ]
+        return sorted(scored, key=lambda hit: -hit.score) + rest
 
     async def neighbours(self, vector: Vector, *, k: int, exact: bool) -> list[Neighbour]:
         """The `k` nearest text vectors, by exact search or as serving searches: the two sides of ANN recall."""
         query = self._nearest("vector", vector, k)
         found = await (query.bypass_vector_index() if exact else query).to_arrow()
-        return [Neighbour(row, 1.0 - distance) for row, distance in zip(found["_rowid"].to_pylist(), found["_distance"].to_pylist(), strict=True)]
+        return [
+            Neighbour(row, 1.0 - distance)
+            for row, distance in zip(found["_rowid"].to_pylist(), found["_distance"].to_pylist(), strict=True)
+        ]
 
     def _check(self, vector: Vector) -> None:
         if vector.shape != (self.manifest.dims,):
-            raise ModelMismatch(f"the query vector has shape {vector.shape}, the snapshot has {self.manifest.dims} dimensions.", fix="Use its model.")
+            raise ModelMismatch(
+                f"the query vector has shape {vector.shape}, the snapshot has {self.manifest.dims} dimensions.", fix="Use its model."
+            )
         norm = float(np.linalg.norm(vector))
         if not abs(norm - 1.0) < 1e-3:
             raise QueryError(f"the query vector has norm {norm:.4g}, not 1.", fix="Use the embedding service of the snapshot's model.")
@@ -121,24 +142,9 @@ class Retriever:
         if signal in DENSE:
             hits = await self._nearest(VECTOR_COLUMNS[signal], np.asarray(vector), depth).to_arrow()
             return dict(zip(hits["_rowid"].to_pylist(), (1.0 - np.asarray(hits["_distance"])).tolist(), strict=True))
-        match = MatchQuery(query, TEXT_COLUMNS[signal])
+        match = MatchQuery(query, TEXT_COLUMNS[signal])  # type: ignore[call-arg]  # its defaults are invisible to mypy
         hits = await self._table.query().nearest_to_text(match).limit(depth).select(["_score"]).with_row_id().to_arrow()
         return dict(zip(hits["_rowid"].to_pylist(), hits["_score"].to_pylist(), strict=True))
-
-    async def _complete(
-        self, found: Mapping[str, Mapping[int, float]], vector: Vector | None
-    ) -> tuple[dict[str, NDArray[np.float64]], NDArray[np.int64]]:
-        """Score every candidate in every signal: cosines are computed exactly, a BM25 score that was not among the hits counts as 0."""
-        rows = np.array(sorted(set().union(*found.values())), dtype=np.int64)
-        dense = [name for name in found if name in DENSE]
-        signals = {name: np.array([scores.get(row, 0.0) for row in rows.tolist()]) for name, scores in found.items()}
-        if vector is not None and dense and len(rows):
-            columns = [VECTOR_COLUMNS[name] for name in dense]
-            table = await self._table.take_row_ids(rows.tolist()).select(columns).to_arrow()
-            for name, column in zip(dense, columns, strict=True):
-                matrix = table[column].combine_chunks().flatten().to_numpy().reshape(len(rows), -1)
-                signals[name] = (matrix @ vector).astype(np.float64)
-        return signals, rows
 
     async def _hits(self, rows: NDArray[np.int64], scores: NDArray[np.float64], signals: Mapping[str, NDArray[np.float64]]) -> list[Hit]:
         table = await self._table.take_row_ids(rows.tolist()).select(list(_SHOWN)).with_row_id().to_arrow()
@@ -149,9 +155,14 @@ class Retriever:
         ]
 
 
+def embedded_text(title: str, text: str) -> str:
+    """The text that stands for a chunk in the vector index, in the full-text index and in word evidence alike."""
+    return f"{title}\n{text}" if title and not text.startswith(title) else text
+
+
 async def open_table(folder: Path) -> Any:
     """The LanceDB table of a snapshot folder, pinned: it never looks for newer versions."""
     import lancedb
 
-    database = await lancedb.connect_async(folder.resolve(), read_consistency_interval=None)
+    database = await lancedb.connect_async(folder, read_consistency_interval=None)
     return await database.open_table(TABLE)

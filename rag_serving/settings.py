@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 from rag_serving.errors import ConfigError
 
@@ -30,7 +30,9 @@ class ModelSpec(_Frozen):
     document_prompt: str = ""
     dims: int = Field(gt=0, description="Vector length; checked against what is loaded.")
     max_tokens: int = Field(gt=0, description="Longest input in tokens; longer text is cut, so chunks are sized to it.")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where the CPU has AMX, else float32.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 where the CPU computes it (amx_bf16, avx512_bf16), else float32."
+    )
 
 
 class Corpus(_Frozen):
@@ -54,18 +56,34 @@ class Index(_Frozen):
 
 
 class Weights(_Frozen):
-    """How much each signal counts in the fused score; 0 switches a signal off."""
+    """How much each signal counts in the fused score; 0 switches a signal off. Title signals also weigh by title distinctness."""
 
     dense_text: float = Field(1.0, ge=0)
     dense_title: float = Field(1.0, ge=0)
-    bm25_text: float = Field(1.0, ge=0)
-    bm25_title: float = Field(1.0, ge=0)
+    bm25_text: float = Field(0.5, ge=0)
+    bm25_title: float = Field(0.3, ge=0)
+
+
+class Wording(_Frozen):
+    """How much shared wording adds to the best `pool` candidates; pool = 0 switches it off."""
+
+    pool: int = Field(30, ge=0, le=200)
+    pairs: float = Field(0.3, ge=0, description="For the query's adjacent word pairs.")
+    words: float = Field(0.3, ge=0, description="For the query's words.")
+    title: float = Field(0.3, ge=0, description="For a title that the query names.")
 
 
 class Retrieval(_Frozen):
     candidates: int = Field(100, ge=10, le=1000, description="Hits asked of each signal before fusion.")
-    fusion: Literal["score", "rank"] = "score"
+    fusion: Literal["score", "rank"] = Field("score", description="score: weighted sum; rank: reciprocal rank fusion.")
     weights: Weights = Weights()
+    wording: Wording = Wording()
+
+    @model_validator(mode="after")
+    def _some_signal(self) -> "Retrieval":
+        if not any(self.weights.model_dump().values()):
+            raise ValueError("at least one weight must be above 0")
+        return self
 
 
 class Gate(_Frozen):
@@ -158,7 +176,8 @@ def _keys_at(location: tuple[int | str, ...]) -> list[str]:
 
 
 def _explain(error: ValidationError, where: str) -> ConfigError:
-    first = error.errors()[0]
+    errors = error.errors()
+    first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
     location = first["loc"]
     key = ".".join(str(part) for part in location)
     if first["type"] == "extra_forbidden":
@@ -187,23 +206,13 @@ def load_settings(config: Path | None = None, *, environ: Mapping[str, str] | No
     A missing file means defaults without models, as on a serving machine. Raises ConfigError.
     """
     environ = os.environ if environ is None else environ
-    path = config or Path(environ.get("RAGLINE_CONFIG") or CONFIG_NAME)
-    table: dict[str, Any] = {}
-    if path.is_file():
-        try:
-            table = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is not valid TOML: {error}.", fix="Correct the file.") from None
-    elif config or environ.get("RAGLINE_CONFIG"):
-        raise ConfigError(f"no configuration file at {path}.", fix=f"Give the path of a {CONFIG_NAME}.")
-    for key in ("root", "places"):
-        if key in table:
-            raise ConfigError(f"unknown key {key!r} in {path}.", fix=_nearest(key, _keys_at(())))
+    named = str(config or environ.get("RAGLINE_CONFIG") or "")
+    path = Path(named or CONFIG_NAME)
+    table = _read_table(path, required=bool(named))
     places = read_places(environ)
-    if places.corpus:
-        table["corpus"] = {**table.get("corpus", {}), "source": places.corpus}
-    if places.eval_set:
-        table["eval"] = {**table.get("eval", {}), "source": places.eval_set}
+    for section, source in (("corpus", places.corpus), ("eval", places.eval_set)):
+        if source:
+            table[section] = {**table.get(section, {}), "source": source}
     try:
         settings = Settings.model_validate({**table, "root": path.resolve().parent, "places": places})
     except ValidationError as error:
@@ -214,3 +223,18 @@ def load_settings(config: Path | None = None, *, environ: Mapping[str, str] | No
     for name in settings.default_models:
         settings.model(name)
     return settings
+
+
+def _read_table(path: Path, *, required: bool) -> dict[str, Any]:
+    if not path.is_file():
+        if required:
+            raise ConfigError(f"no configuration file at {path}.", fix=f"Give the path of a {CONFIG_NAME}.")
+        return {}
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}.", fix="Correct the file.") from None
+    for key in ("root", "places"):
+        if key in table:
+            raise ConfigError(f"unknown key {key!r} in {path}.", fix=_nearest(key, _keys_at(())))
+    return table

@@ -38,6 +38,7 @@ class Manifest:
     chunking: Mapping[str, Any]
     index: Mapping[str, Any]
     retrieval: Mapping[str, Any]
+    title_distinctness: float
     parent: str | None
     lancedb: str
     built_at: str
@@ -85,7 +86,9 @@ def hash_tree(folder: Path) -> dict[str, dict[str, Any]]:
             try:
                 files[name] = {"sha256": hash_file(path), "size": path.stat().st_size}
             except OSError as error:
-                raise SnapshotError(f"{name} in {folder.name} cannot be read: {error.strerror}.", fix="Restore it or build it again.") from None
+                raise SnapshotError(
+                    f"{name} in {folder.name} cannot be read: {error.strerror}.", fix="Restore it or build it again."
+                ) from None
     return files
 
 

@@ -52,7 +52,7 @@ class LocalStore:
     """A store in a local folder, created on first write."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        self.root = root.absolute()
 
     def read(self, key: str) -> bytes:
         path = self._path(key)
@@ -152,7 +152,9 @@ class LocalStore:
                 os.fsync(file.fileno())
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            raise StoreError(f"cannot write to the store at {self.root}: {error.strerror}.", fix="Free space or correct the rights.") from None
+            raise StoreError(
+                f"cannot write to the store at {self.root}: {error.strerror}.", fix="Free space or correct the rights."
+            ) from None
         return temporary
 
 

@@ -53,7 +53,7 @@ def read_verdict(store: Store, snapshot_id: str, gate: str) -> Verdict | None:
         fields = json.loads(store.read(key))
         seal = fields.pop("seal")
         verdict = Verdict(**{**fields, "rules": tuple(fields["rules"])})
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise PromotionRefused(f"the {gate} verdict of {snapshot_id} cannot be read.", fix="Evaluate the snapshot again.") from None
     if seal != _seal(fields):
         raise PromotionRefused(f"the {gate} verdict of {snapshot_id} was edited.", fix="Evaluate the snapshot again.")

@@ -1,6 +1,7 @@
 """From a source to chunks."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import dagster as dg
 
@@ -10,8 +11,8 @@ from rag_assets.corpus import Table, read_table
 from rag_assets.workbench import Workbench
 
 
-def _result(table: Table, **metadata: object) -> dg.MaterializeResult:
-    facts = {"dagster/row_count": table.rows, "reused": table.reused, "content_sha256": table.content_sha256, **metadata}
+def _result(table: Table, **metadata: Any) -> dg.MaterializeResult:
+    facts: dict[str, Any] = {"dagster/row_count": table.rows, "reused": table.reused, "content_sha256": table.content_sha256, **metadata}
     return dg.MaterializeResult(metadata=facts, data_version=dg.DataVersion(table.content_sha256))
 
 

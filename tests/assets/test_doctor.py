@@ -17,7 +17,7 @@ HASHING = ModelSpec(name="hashing", source="hashing:64", dims=64, max_tokens=512
 
 def settings_of(root: Path, **places) -> Settings:
     """Settings that need nothing beyond what every machine with the tests has."""
-    free = {name: 0 for name in ("serving_port", "embedder_port", "dagster_port", "mlflow_port")}
+    free = dict.fromkeys(("serving_port", "embedder_port", "dagster_port", "mlflow_port"), 0)
     return Settings(root=root, models=(HASHING,), default_models=("hashing",), places=Places(home=Path("state"), **{**free, **places}))
 
 

@@ -11,9 +11,9 @@ import uvicorn
 
 
 @contextmanager
-def running(app: Any, *, ready_path: str | None = None, keep_alive: int = 75) -> Iterator[str]:
+def running(app: Any, *, ready_path: str | None = None, keep_alive: int = 75, port: int = 0) -> Iterator[str]:
     """Serve an ASGI app from a thread; gives its base URL, and waits until `ready_path` answers 200."""
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", ws="none", timeout_keep_alive=keep_alive)
+    config = uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", ws="none", timeout_keep_alive=keep_alive)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

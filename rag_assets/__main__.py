@@ -1,0 +1,5 @@
+"""`python -m rag_assets` is `ragline`."""
+
+from rag_assets.cli import main
+
+main()

@@ -1,0 +1,78 @@
+"""A request's phases, in order, on one snapshot: encode, retrieve, assemble, generate. Admission has made the question by then."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from rag_serving.admission import Question
+from rag_serving.context import assemble
+from rag_serving.encoding import Encoder
+from rag_serving.errors import EncoderError, ModelMismatch
+from rag_serving.generation import Answer, extract
+from rag_serving.live import Live, Serving
+from rag_serving.retrieval import Hit, Vector
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Trace:
+    """What one request is known by and how long its phases took, in milliseconds, in order."""
+
+    trace_id: str
+    timings_ms: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.timings_ms[name] = round((time.perf_counter() - started) * 1000, 3)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The passages for a question; `degraded` names what had to be done without."""
+
+    serving: Serving
+    hits: list[Hit]
+    degraded: list[str]
+
+
+async def retrieve(live: Live, question: Question, *, top_k: int, trace: Trace) -> Found:
+    """The `top_k` best passages of the live snapshot."""
+    with live.borrow() as serving:
+        return await _found(serving, question, top_k=question.top_k or top_k, trace=trace)
+
+
+async def answer(live: Live, question: Question, *, top_k: int, trace: Trace) -> tuple[Found, Answer]:
+    """An answer out of the `top_k` best passages of the live snapshot."""
+    with live.borrow() as serving:
+        found = await _found(serving, question, top_k=question.top_k or top_k, trace=trace)
+        with trace.phase("assemble"):
+            passages = assemble(found.hits)
+        with trace.phase("generate"):
+            return found, extract(question.query, passages)
+
+
+async def _found(serving: Serving, question: Question, *, top_k: int, trace: Trace) -> Found:
+    retriever = serving.snapshot.retriever
+    with trace.phase("encode"):
+        vector = await _encoded(serving.snapshot.encoder, question.query)
+    with trace.phase("retrieve"):
+        hits = await retriever.retrieve(question.query, vector, k=top_k)
+    return Found(serving, hits, [] if vector is not None else ["embedding"])
+
+
+async def _encoded(encoder: Encoder, query: str) -> Vector | None:
+    """The query's vector; None when the embedding service cannot give a usable one. Another model's vector is an error: ModelMismatch."""
+    try:
+        return (await encoder.encode([query]))[0]
+    except ModelMismatch:
+        raise
+    except EncoderError as error:
+        log.warning("answering by words alone: %s", error)
+        return None

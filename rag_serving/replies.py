@@ -1,0 +1,177 @@
+"""What goes over the wire. Every reply names the snapshot and the release that gave it; vectors are in none of them."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from rag_serving.generation import Answer
+from rag_serving.live import Live
+from rag_serving.pipeline import Found, Trace
+from rag_serving.releases import Entry, Release
+
+HISTORY = 20
+
+
+class Reply(BaseModel):
+    model_config = ConfigDict(frozen=True, from_attributes=True)
+
+
+class HitReply(Reply):
+    chunk_id: str
+    doc_id: str
+    uri: str
+    title: str
+    heading_path: str
+    text: str
+    start: int = Field(description="Where the passage starts in its document, in characters.")
+    end: int
+    score: float
+    signals: dict[str, float] = Field(description="Cosine of text and title, BM25 of text and title; absent when not searched.")
+
+
+class RetrieveReply(Reply):
+    snapshot_id: str
+    release: int
+    embedding_model: str
+    hits: list[HitReply]
+    degraded: list[Literal["embedding"]] = Field(description="What had to be done without; `embedding`: full-text search alone.")
+    trace_id: str
+    timings_ms: dict[str, float] = Field(description="Milliseconds of each phase, in order.")
+
+
+class Citation(Reply):
+    number: int = Field(description="The n of the markers [n] in the answer.")
+    chunk_id: str
+    doc_id: str
+    title: str
+    uri: str
+    start: int
+    end: int
+
+
+class QuoteReply(Reply):
+    number: int = Field(description="The citation it belongs to.")
+    text: str = Field(description="Word for word in the cited passage.")
+
+
+class QueryReply(RetrieveReply):
+    answer: str
+    quotes: list[QuoteReply] = Field(description="The pieces of the answer, without markers.")
+    citations: list[Citation]
+    abstained: bool
+
+
+class ReleasedSnapshot(Reply):
+    number: int
+    snapshot_id: str
+    manifest_sha256: str
+    embedding_model: str | None = Field(None, description="This and the counts are known while the snapshot is open here.")
+    documents: int | None = None
+    rows: int | None = None
+    summary: str | None = Field(None, description="The verdict that promoted it, in one line.")
+    metrics: dict[str, float] = Field(default_factory=dict, description="What that verdict's rules observed.")
+
+
+class LedgerEntry(Reply):
+    number: int
+    action: str
+    snapshot_id: str | None
+    actor: str
+    reason: str
+    at: str
+
+
+class OpenReply(Reply):
+    snapshot_id: str
+    release: int
+    since: str
+
+
+class ProblemReply(Reply):
+    code: str
+    detail: str
+    fix: str
+    at: str
+
+
+class ReleaseReply(Reply):
+    number: int = Field(description="The newest ledger entry that was read.")
+    champion: ReleasedSnapshot | None
+    previous: ReleasedSnapshot | None
+    holds: list[LedgerEntry]
+    open: OpenReply | None = Field(description="What answers now; differs from the champion while that is opened or cannot be.")
+    problem: ProblemReply | None
+    history: list[LedgerEntry] = Field(description=f"The last {HISTORY} entries, newest first.")
+
+
+def retrieve_reply(found: Found, trace: Trace) -> RetrieveReply:
+    return RetrieveReply(**_common(found, trace))
+
+
+def query_reply(found: Found, answer: Answer, trace: Trace) -> QueryReply:
+    return QueryReply(
+        **_common(found, trace),
+        answer=answer.text,
+        quotes=[QuoteReply(number=quote.passage.number, text=quote.text) for quote in answer.quotes],
+        citations=[
+            Citation(
+                number=passage.number,
+                chunk_id=passage.hit.chunk_id,
+                doc_id=passage.hit.doc_id,
+                title=passage.hit.title,
+                uri=passage.hit.uri,
+                start=passage.hit.start,
+                end=passage.hit.end,
+            )
+            for passage in answer.cited
+        ],
+        abstained=answer.abstained,
+    )
+
+
+def _common(found: Found, trace: Trace) -> dict[str, Any]:
+    return {
+        "snapshot_id": found.serving.snapshot_id,
+        "release": found.serving.number,
+        "embedding_model": found.serving.snapshot.retriever.manifest.embedding_model,
+        "hits": [HitReply.model_validate(hit) for hit in found.hits],
+        "degraded": found.degraded,
+        "trace_id": trace.trace_id,
+        "timings_ms": trace.timings_ms,
+    }
+
+
+def release_reply(live: Live) -> ReleaseReply:
+    state, serving = live.state, live.serving
+    return ReleaseReply(
+        number=state.number,
+        champion=_released(live, state.champion),
+        previous=_released(live, state.previous),
+        holds=[_entry(entry) for entry in state.holds],
+        open=OpenReply(snapshot_id=serving.snapshot_id, release=serving.number, since=serving.since) if serving else None,
+        problem=ProblemReply.model_validate(live.problem) if live.problem else None,
+        history=[_entry(entry) for entry in reversed(live.entries[-HISTORY:])],
+    )
+
+
+def _entry(entry: Entry) -> LedgerEntry:
+    return LedgerEntry.model_validate(entry)
+
+
+def _released(live: Live, release: Release | None) -> ReleasedSnapshot | None:
+    if release is None:
+        return None
+    manifest = live.manifest(release.snapshot_id)
+    verdict = release.evidence.get("verdict")
+    verdict = verdict if isinstance(verdict, dict) else {}
+    rules = [rule for rule in verdict.get("rules") or () if isinstance(rule, dict)]
+    return ReleasedSnapshot(
+        number=release.number,
+        snapshot_id=release.snapshot_id,
+        manifest_sha256=release.manifest_sha256,
+        embedding_model=manifest.embedding_model if manifest else None,
+        documents=manifest.documents if manifest else None,
+        rows=manifest.rows if manifest else None,
+        summary=str(verdict["summary"]) if "summary" in verdict else None,
+        metrics={str(rule["name"]): float(rule["observed"]) for rule in rules if isinstance(rule.get("observed"), int | float)},
+    )

@@ -1,0 +1,366 @@
+"""The serving process over a real socket: replies, refusals, headers and readiness."""
+
+import asyncio
+import json
+import re
+import socket
+import subprocess
+import sys
+import time
+
+import httpx2
+import pytest
+from live_server import running
+from small_service import PAGES, SPEC, build, embedding, release, serving, settings_for, two_snapshots
+from starlette.responses import PlainTextResponse
+
+from rag_serving.app import MOST_BODY_BYTES, PROBLEMS, Frame
+from rag_serving.limits import BodyLimit
+from rag_serving.store import LocalStore
+
+ASK = {"query": "How do I delete a bucket?"}
+PHASES = ["admit", "encode", "retrieve", "assemble", "generate"]
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory):
+    """A client of a service with a released snapshot, and that snapshot's manifest."""
+    root = tmp_path_factory.mktemp("app")
+    store, manifest, _ = two_snapshots(root)
+    release(store, manifest)
+    with embedding(settings_for(root)) as url, serving(settings_for(root, embedder_url=url), store) as client:
+        yield client, manifest
+
+
+@pytest.fixture
+def client(live):
+    return live[0]
+
+
+def problem(reply: httpx2.Response) -> dict:
+    """The body of a refusal, after what every refusal promises was checked."""
+    body = reply.json()
+    assert reply.headers["content-type"] == "application/problem+json"
+    assert set(body) == {"type", "status", "title", "code", "detail", "fix", "trace_id"}
+    assert (body["status"], body["title"]) == PROBLEMS[body["code"]]
+    assert body["status"] == reply.status_code
+    assert re.fullmatch(r"[0-9a-f]{32}", body["trace_id"])
+    assert "Traceback" not in reply.text
+    assert not re.search(r"(/[\w.-]+){2,}\.py|/tmp/", reply.text)
+    return body
+
+
+def test_retrieve(live):
+    """/v1/retrieve gives ranked hits with their four signals, and names snapshot, release and model."""
+    client, manifest = live
+    reply = client.post("/v1/retrieve", json=ASK | {"top_k": 3})
+    body = reply.json()
+    assert reply.status_code == 200
+    assert set(body) == {"snapshot_id", "release", "embedding_model", "hits", "degraded", "trace_id", "timings_ms"}
+    assert (body["snapshot_id"], body["release"], body["embedding_model"], body["degraded"]) == (manifest.snapshot_id, 1, SPEC.name, [])
+    assert [*body["timings_ms"]] == PHASES[:3]
+    assert len(body["hits"]) == 3
+    first = body["hits"][0]
+    assert set(first) == {"chunk_id", "doc_id", "uri", "title", "heading_path", "text", "start", "end", "score", "signals"}
+    assert (first["doc_id"], first["text"]) == ("s3.DeleteBucket", PAGES["s3.DeleteBucket"][1])
+    assert set(first["signals"]) == {"dense_text", "dense_title", "bm25_text", "bm25_title"}
+    assert [hit["score"] for hit in body["hits"]] == sorted((hit["score"] for hit in body["hits"]), reverse=True)
+
+
+def test_query(client):
+    """/v1/query quotes the passages word for word; each marker has a citation and each citation is a hit of the same reply."""
+    body = client.post("/v1/query", json=ASK).json()
+    assert [*body["timings_ms"]] == PHASES
+    assert not body["abstained"]
+    assert "All objects in the bucket must be deleted before the bucket itself can be deleted. [1]" in body["answer"]
+    hits = {hit["chunk_id"]: hit for hit in body["hits"]}
+    cited = {citation["number"]: hits[citation["chunk_id"]] for citation in body["citations"]}
+    assert {int(number) for number in re.findall(r"\[(\d+)\]", body["answer"])} == set(cited)
+    assert all(quote["text"] in cited[quote["number"]]["text"] for quote in body["quotes"])
+    assert all(citation[key] == hits[citation["chunk_id"]][key] for citation in body["citations"] for key in ("doc_id", "uri", "start", "end"))
+
+
+def test_query_abstains(client):
+    """What the corpus does not speak of is not answered: 200, a plain sentence, no citations."""
+    body = client.post("/v1/query", json={"query": "Who won the football world cup?"}).json()
+    assert (body["abstained"], body["citations"], body["quotes"]) == (True, [], [])
+    assert body["answer"].endswith(".")
+
+
+@pytest.mark.parametrize("query", ["🙂🙂🙂", "如何删除存储桶", "كيف أحذف الدلو", "delete AND (bucket OR \"", "e\u0301" * 100, "\u202ebucket", "*", "a\tb\nc"])
+def test_any_text_is_answered(client, query):
+    """Emoji, other scripts, right-to-left text, query syntax and tabs are questions like any other."""
+    assert client.post("/v1/query", json={"query": query}).status_code == 200
+
+
+def test_default_top_k(client):
+    """Without top_k the configured number of passages comes back, at most as many as there are."""
+    assert len(client.post("/v1/retrieve", json=ASK).json()["hits"]) == 5
+    assert len(client.post("/v1/retrieve", json=ASK | {"top_k": 50}).json()["hits"]) == len(PAGES)
+
+
+BAD = [
+    (b"", 400, "invalid_json"),
+    (b"{", 400, "invalid_json"),
+    (b"\xff\xfe", 400, "invalid_json"),
+    (b'{"query": "a", "top_k": NaN}', 400, "invalid_json"),
+    (b'{"query": "a", "query": "b"}', 400, "invalid_json"),
+    (b"[" * 60_000, 400, "invalid_json"),
+    (b'{"query": "a", "top_k": ' + b"9" * 5000 + b"}", 400, "invalid_json"),
+    (b"[]", 422, "invalid_field"),
+    (b"null", 422, "invalid_field"),
+    (b"{}", 422, "invalid_field"),
+    (b'{"query": 5}', 422, "invalid_field"),
+    (b'{"query": "a", "tenant": "b"}', 422, "unknown_field"),
+    (b'{"query": "a", "where": "1=1"}', 422, "unknown_field"),
+    (b'{"query": "a", "\\ud800": 1}', 422, "unknown_field"),
+    (b'{"query": ""}', 422, "empty_query"),
+    (b'{"query": " \\t\\n\\u200b\\u202e"}', 422, "empty_query"),
+    (b'{"query": "\\u0000"}', 422, "invalid_characters"),
+    (b'{"query": "a\\u0007b"}', 422, "invalid_characters"),
+    (b'{"query": "\\ud800"}', 422, "invalid_characters"),
+    (json.dumps({"query": "a" + "\u0301" * 31}).encode(), 422, "invalid_characters"),
+    (json.dumps({"query": "x" * 4001}).encode(), 422, "query_too_long"),
+    *((json.dumps({"query": "a", "top_k": value}).encode(), 422, "invalid_field") for value in (0, -1, 51, 10**9, 1.5, "5", True, [5])),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "code"), BAD, ids=range(len(BAD)))
+def test_bad_bodies(client, body, status, code):
+    """Each way in which a body can be wrong has its status and its stable code, on both routes."""
+    for path in ("/v1/retrieve", "/v1/query"):
+        reply = client.post(path, content=body, headers={"Content-Type": "application/json"})
+        found = problem(reply)
+        assert (found["status"], found["code"]) == (status, code), found
+        assert found["fix"]
+
+
+@pytest.mark.parametrize("media_type", ["", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"])
+def test_only_json_is_read(client, media_type):
+    """A body that is not declared as JSON is refused unparsed."""
+    reply = client.post("/v1/query", content=json.dumps(ASK), headers={"Content-Type": media_type})
+    assert (reply.status_code, problem(reply)["code"]) == (415, "unsupported_media_type")
+
+
+def test_stated_length_over_the_cap(client):
+    """A body stated as too long is refused before it is sent."""
+    started = time.perf_counter()
+    reply = client.post("/v1/query", content=b"x" * (MOST_BODY_BYTES + 1), headers={"Content-Type": "application/json"})
+    assert problem(reply)["code"] == "body_too_long"
+    assert time.perf_counter() - started < 1
+
+
+def test_unstated_length_over_the_cap(client):
+    """A body without a stated length is cut off at the cap."""
+    reply = client.post("/v1/query", content=(b"x" * 8192 for _ in range(20)), headers={"Content-Type": "application/json"})
+    assert (reply.status_code, problem(reply)["code"]) == (413, "body_too_long")
+
+
+def test_slow_body_is_refused():
+    """A body that does not arrive in time frees its place with 408."""
+
+    async def echo(scope, receive, send):
+        while (await receive()).get("more_body"):
+            pass
+        await PlainTextResponse("read")(scope, receive, send)
+
+    from starlette.applications import Starlette
+    from starlette.routing import Mount
+
+    limited = BodyLimit(Starlette(routes=[Mount("/", echo)]), most_bytes=100, too_long="", refusal=lambda *_: echo, seconds=0.2)
+    with running(limited) as url, socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
+        connection.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 50\r\n\r\nslow")
+        started = time.perf_counter()
+        assert b" 408 " in connection.recv(1000)
+        assert time.perf_counter() - started < 2
+
+
+def test_long_headers(client):
+    """Headers above 16 KiB are refused."""
+    assert problem(client.get("/livez", headers={"X-Long": "x" * 17_000}))["code"] == "headers_too_long"
+
+
+def test_unknown_address_and_method(client):
+    """404 and 405 are problems too; 405 says what is allowed."""
+    assert problem(client.get("/v1/nothing"))["code"] == "not_found"
+    reply = client.get("/v1/query")
+    assert (problem(reply)["code"], reply.headers["allow"]) == ("method_not_allowed", "POST")
+
+
+def test_request_id(client):
+    """A well-formed X-Request-Id comes back; any other is replaced, never echoed."""
+    assert client.get("/livez", headers={"X-Request-Id": "order-66.b_c"}).headers["x-request-id"] == "order-66.b_c"
+    for bad in ("a b", "x" * 65, "<script>", "é".encode()):
+        assert re.fullmatch(r"[0-9a-f]{32}", client.get("/livez", headers={"X-Request-Id": bad}).headers["x-request-id"])
+
+
+def test_trace_id(client):
+    """A valid traceparent is continued; a malformed, oversized or zero one starts a new trace."""
+    ours = "0af7651916cd43dd8448eb211c80319c"
+    ask = {"json": ASK}
+    assert client.post("/v1/query", headers={"traceparent": f"00-{ours}-b7ad6b7169203331-01"}, **ask).json()["trace_id"] == ours
+    for bad in (f"00-{ours}-b7ad6b7169203331", f"00-{'0' * 32}-b7ad6b7169203331-01", f"00-{ours}-b7ad6b7169203331-01" * 200, "x"):
+        trace_id = client.post("/v1/query", headers={"traceparent": bad}, **ask).json()["trace_id"]
+        assert re.fullmatch(r"[0-9a-f]{32}", trace_id)
+        assert trace_id != ours
+
+
+def test_security_headers_everywhere(client):
+    """Every reply, whatever its status, forbids foreign content, sniffing and framing."""
+    for reply in (client.get("/"), client.get("/static/app.js"), client.get("/nothing"), client.post("/v1/query", content=b"x" * 70_000)):
+        policy = reply.headers["content-security-policy"]
+        assert "default-src 'self'" in policy
+        assert "unsafe" not in policy
+        assert reply.headers["x-content-type-options"] == "nosniff"
+        assert reply.headers["x-frame-options"] == "DENY"
+
+
+def test_unforeseen_errors_are_problems():
+    """What nobody foresaw is a 500 with a trace id and without its message."""
+
+    async def broken(scope, receive, send):
+        raise RuntimeError("secret /tmp/place")
+
+    with running(Frame(broken)) as url:
+        reply = httpx2.get(url, trust_env=False)
+    assert problem(reply)["code"] == "internal"
+    assert "secret" not in reply.text
+
+
+@pytest.mark.parametrize(("name", "media_type"), [("", "text/html"), ("static/app.css", "text/css"), ("static/app.js", "text/javascript"), ("static/icon.svg", "image/svg+xml")])
+def test_page_files(client, name, media_type):
+    """The page's files have their types, and are sent again only when they changed."""
+    reply = client.get(f"/{name}")
+    assert reply.status_code == 200
+    assert reply.headers["content-type"].split(";")[0] == media_type
+    assert reply.headers["cache-control"] == "no-cache"
+    assert client.get(f"/{name}", headers={"If-None-Match": reply.headers["etag"]}).status_code == 304
+
+
+@pytest.mark.parametrize("name", ["../app.py", "..%2fapp.py", "%2e%2e/app.py", "app.py", "nothing.css", "index.html%00", "a" * 300])
+def test_only_the_page_is_served(client, name):
+    """No other file can be reached through /static."""
+    assert client.get(f"/static/{name}").status_code == 404
+
+
+def test_ranges_are_ignored(client):
+    """A Range header, however long, gives the whole file."""
+    reply = client.get("/static/app.js", headers={"Range": "bytes=" + ",".join(f"{at}-{at}" for at in range(500))})
+    assert reply.status_code == 200
+
+
+def test_release(live):
+    """/v1/release names the champion with its size, what is open, and the ledger's last entries."""
+    client, manifest = live
+    body = client.get("/v1/release").json()
+    assert (body["number"], body["previous"], body["holds"], body["problem"]) == (1, None, [], None)
+    champion = body["champion"]
+    assert (champion["snapshot_id"], champion["manifest_sha256"]) == (manifest.snapshot_id, manifest.sha256)
+    assert (champion["documents"], champion["rows"], champion["embedding_model"]) == (5, 5, SPEC.name)
+    assert (body["open"]["snapshot_id"], body["open"]["release"]) == (manifest.snapshot_id, 1)
+    (entry,) = body["history"]
+    assert (entry["number"], entry["action"], entry["actor"], entry["reason"]) == (1, "promote", "tester", "for a test")
+
+
+def test_no_vectors_in_replies(live):
+    """No field of any reply holds an embedding."""
+    client, manifest = live
+    replies = [client.post(path, json=ASK).json() for path in ("/v1/retrieve", "/v1/query")] + [client.get("/v1/release").json()]
+
+    def longest_number_list(value) -> int:
+        if isinstance(value, dict):
+            return max((longest_number_list(each) for each in value.values()), default=0)
+        if isinstance(value, list):
+            numbers = sum(isinstance(each, int | float) for each in value)
+            return max([numbers, *(longest_number_list(each) for each in value)])
+        return 0
+
+    assert max(longest_number_list(reply) for reply in replies) < manifest.dims
+
+
+def test_openapi_shows_how(client):
+    """The OpenAPI page has an example question and names every code of a problem."""
+    document = client.get("/openapi.json").json()
+    text = json.dumps(document)
+    assert document["paths"]["/v1/query"]["post"]["requestBody"]["content"]["application/json"]["schema"]["examples"]
+    assert all(code in text for code in ("invalid_json", "unknown_field", "model_mismatch", "not_ready", "body_too_long"))
+
+
+def test_degraded_without_embedder(tmp_path):
+    """When the embedding service goes away, answers come from full-text search alone and say so; when it is back, they are whole."""
+    store, manifest, _ = two_snapshots(tmp_path)
+    release(store, manifest)
+    with embedding(settings_for(tmp_path)) as url:
+        port = int(url.rpartition(":")[2])
+    with serving(settings_for(tmp_path, embedder_url=url), store) as client:
+        body = client.post("/v1/query", json=ASK).json()
+        assert body["degraded"] == ["embedding"]
+        assert set(body["hits"][0]["signals"]) == {"bm25_text", "bm25_title"}
+        assert body["citations"][0]["doc_id"] == "s3.DeleteBucket"
+        assert client.get("/readyz").status_code == 200
+        from rag_serving import embedder
+
+        with running(embedder.create_app(settings_for(tmp_path), preload=[SPEC.name]), ready_path="/readyz", port=port):
+            assert client.post("/v1/query", json=ASK).json()["degraded"] == []
+
+
+def test_another_model_is_never_searched_with(tmp_path):
+    """An embedding service whose fingerprint is not the snapshot's gives 503 model_mismatch with the remedy, and no hits."""
+    store, manifest, _ = two_snapshots(tmp_path)
+    release(store, manifest)
+    other = SPEC.model_copy(update={"query_prompt": "query: "})
+    with embedding(settings_for(tmp_path, spec=other)) as url, serving(settings_for(tmp_path, embedder_url=url), store) as client:
+        reply = client.post("/v1/query", json=ASK)
+        assert problem(reply)["code"] == "model_mismatch"
+        assert reply.headers["retry-after"]
+        assert "embedder" in reply.json()["fix"]
+
+
+def test_nothing_released_yet(tmp_path):
+    """An empty store: alive, not ready, and every question is told what to run."""
+    with serving(settings_for(tmp_path), LocalStore(tmp_path / "none"), ready=False) as client:
+        assert client.get("/livez").status_code == 200
+        deadline = time.monotonic() + 5
+        while "promoted" not in (reply := client.get("/readyz")).json()["detail"]:
+            assert time.monotonic() < deadline, reply.text
+        found = problem(client.post("/v1/query", json=ASK))
+        assert found["code"] == "not_ready"
+        assert "ragline run" in found["fix"]
+        body = client.get("/v1/release").json()
+        assert (body["champion"], body["open"], body["history"], body["problem"]) == (None, None, [], None)
+
+
+def test_first_release_is_picked_up(tmp_path):
+    """A service that started before anything was promoted becomes ready by itself."""
+    store, manifest, _ = two_snapshots(tmp_path)
+    with serving(settings_for(tmp_path), store, ready=False) as client:
+        assert client.get("/readyz").status_code == 503
+        release(store, manifest)
+        deadline = time.monotonic() + 10
+        while client.get("/readyz").status_code != 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert client.post("/v1/retrieve", json=ASK).json()["release"] == 1
+
+
+def test_serving_is_light():
+    """Importing the service brings neither torch nor the pipeline's packages."""
+    heavy = ["torch", "dagster", "mlflow", "pandas", "sentence_transformers", "lancedb", "rag_assets"]
+    code = f"import sys, rag_serving.app; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_build_is_what_is_asked(tmp_path):
+    """Questions admitted together are answered each on its own: fifty at once, no mix-up."""
+    store = LocalStore(tmp_path / "store")
+    pages = {f"page.{number}": (f"Page {number}", f"The word of this page is zebra{number}.") for number in range(50)}
+    release(store, build(store, settings_for(tmp_path), pages))
+
+    async def ask_all(url: str) -> list[str]:
+        async with httpx2.AsyncClient(base_url=url, trust_env=False, timeout=20) as client:
+            replies = await asyncio.gather(*(client.post("/v1/retrieve", json={"query": f"zebra{number}", "top_k": 1}) for number in range(50)))
+        return [reply.json()["hits"][0]["doc_id"] for reply in replies]
+
+    with embedding(settings_for(tmp_path)) as url, serving(settings_for(tmp_path, embedder_url=url), store) as client:
+        assert asyncio.run(ask_all(str(client.base_url))) == [f"page.{number}" for number in range(50)]
