@@ -22,7 +22,7 @@ from rag_serving.store import Store
 
 Vectors = NDArray[np.float32]
 _CODE_VERSION = "snapshot-2"
-_REFINE = 4
+_REFINE = 2
 _SAMPLE = 200
 
 

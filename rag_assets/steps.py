@@ -169,6 +169,7 @@ def document_ids(bench: Workbench) -> frozenset[str]:
 def evaluate_snapshot(bench: Workbench, manifest: Manifest, eval_set: EvalSet) -> Evaluation:
     """Measure a snapshot with its own embedding model, or return the stored evaluation while it is fresh."""
     model_name = manifest.embedding_model
+    measured_before = [known for known in current_evaluations(bench, eval_set) if known.corpus_sha256 == manifest.corpus_sha256]
     with bench.reporter.bar(f"evaluating {model_name}") as bar:
         measured = evaluate(
             bench.store,
@@ -177,6 +178,7 @@ def evaluate_snapshot(bench: Workbench, manifest: Manifest, eval_set: EvalSet) -
             lambda: LocalEncoder(bench.model(model_name)),
             k=bench.settings.eval.k,
             max_age_days=bench.settings.gate.max_age_days,
+            bm25=measured_before[0].bm25 if measured_before else None,
             progress=bar,
         )
         return asyncio.run(measured)

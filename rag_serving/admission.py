@@ -5,13 +5,14 @@ import unicodedata
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.config import JsonDict
 
 from rag_serving.errors import QueryError
 
 MOST_CHARACTERS = 4000
 MOST_TOP_K = 50
 _NON_STARTERS = 30  # in a row: the Stream-Safe Text Format of UAX #15; more makes normalisation quadratic
-_EXAMPLE = {"query": "How do I delete a bucket that still has objects in it?", "top_k": 5}
+_EXAMPLE: JsonDict = {"query": "How do I delete a bucket that still has objects in it?", "top_k": 5}
 
 
 class Question(BaseModel):

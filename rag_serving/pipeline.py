@@ -13,6 +13,9 @@ from rag_serving.errors import EncoderError, ModelMismatch
 from rag_serving.generation import Answer, extract
 from rag_serving.live import Live, Serving
 from rag_serving.retrieval import Hit, Vector
+from rag_serving.settings import Weights
+
+WORDS_ALONE = Weights(dense_text=0, dense_title=0)
 
 log = logging.getLogger(__name__)
 
@@ -62,17 +65,22 @@ async def _found(serving: Serving, question: Question, *, top_k: int, trace: Tra
     retriever = serving.snapshot.retriever
     with trace.phase("encode"):
         vector = await _encoded(serving.snapshot.encoder, question.query)
+    fusion = retriever.manifest.fusion()
+    if vector is None and not (fusion.weights.bm25_text or fusion.weights.bm25_title):
+        fusion = fusion.model_copy(update={"weights": WORDS_ALONE})
     with trace.phase("retrieve"):
-        hits = await retriever.retrieve(question.query, vector, k=top_k)
+        hits = await retriever.retrieve(question.query, vector, k=top_k, fusion=fusion)
     return Found(serving, hits, [] if vector is not None else ["embedding"])
 
 
 async def _encoded(encoder: Encoder, query: str) -> Vector | None:
     """The query's vector; None when the embedding service cannot give a usable one. Another model's vector is an error: ModelMismatch."""
     try:
-        return (await encoder.encode([query]))[0]
+        vectors = await encoder.encode([query])
     except ModelMismatch:
         raise
     except EncoderError as error:
         log.warning("answering by words alone: %s", error)
         return None
+    row: Vector = vectors[0]
+    return row

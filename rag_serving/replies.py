@@ -26,7 +26,9 @@ class HitReply(Reply):
     start: int = Field(description="Where the passage starts in its document, in characters.")
     end: int
     score: float
-    signals: dict[str, float] = Field(description="Cosine of text and title, BM25 of text and title; absent when not searched.")
+    signals: dict[str, float] = Field(
+        description="What the score is made of: cosines, BM25 scores, shared wording; absent when not searched."
+    )
 
 
 class RetrieveReply(Reply):

@@ -98,8 +98,8 @@ class LocalStore:
     def staging(self, key: str) -> Iterator[Path]:
         path = self._path(key)
         folder = path.parent / f"{_STAGING}{path.name}-{uuid.uuid4().hex[:8]}"
-        self._make(folder)
         try:
+            self._make(folder)
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)

@@ -23,9 +23,15 @@ from rag_serving.store import LocalStore
 
 SPEC = ModelSpec(name="hashing", source="hashing:64", dims=64, max_tokens=128)
 PAGES = {
-    "s3.DeleteBucket": ("Delete Bucket", "Deletes the bucket. All objects in the bucket must be deleted before the bucket itself can be deleted."),
+    "s3.DeleteBucket": (
+        "Delete Bucket",
+        "Deletes the bucket. All objects in the bucket must be deleted before the bucket itself can be deleted.",
+    ),
     "s3.ListObjects": ("List Objects", "Returns some or all of the objects in a bucket. A request returns up to 1,000 objects."),
-    "iam.CreateUser": ("Create User", "Creates a new user for the account.\n\n- The name must be unique.\n- For more information, see the guide."),
+    "iam.CreateUser": (
+        "Create User",
+        "Creates a new user for the account.\n\n- The name must be unique.\n- For more information, see the guide.",
+    ),
     "ec2.StopInstances": ("Stop Instances", "Stops a running instance. You can start it again at any time."),
     "kms.Encrypt": ("Encrypt", "Encrypts plaintext into ciphertext with a symmetric key."),
 }

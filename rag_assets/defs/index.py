@@ -1,5 +1,7 @@
 """From chunks to a published snapshot, per embedding model."""
 
+from typing import Any
+
 import dagster as dg
 
 from rag_assets import steps

@@ -1,6 +1,12 @@
 "use strict";
 
-const SIGNALS = { dense_text: "Text, meaning", dense_title: "Title, meaning", bm25_text: "Text, words", bm25_title: "Title, words" };
+const SIGNALS = {
+  dense_text: ["Text, meaning", 2],
+  dense_title: ["Title, meaning", 2],
+  bm25_text: ["Text, words", 1],
+  bm25_title: ["Title, words", 1],
+  wording: ["Wording", 2],
+};
 const RELEASE_SECONDS = 5;
 
 const at = (id) => document.getElementById(id);
@@ -83,12 +89,12 @@ function marked(text, quotes) {
   return [...parts, text.slice(done)];
 }
 
+/** Cosines fill their bar at 1, other signals at the best value among the hits. */
 function signalBars(signals, best) {
-  return Object.entries(SIGNALS).map(([name, label]) => {
-    const known = name in signals;
-    const share = known ? signals[name] / (name.startsWith("bm25") ? best[name] || 1 : 1) : 0;
-    const value = known ? signals[name].toFixed(name.startsWith("bm25") ? 1 : 2) : "–";
-    return element("div", "signal", [element("div", "", [element("span", "", label), element("span", "", value)]), bar(share)]);
+  return Object.entries(signals).map(([name, value]) => {
+    const [label, digits] = SIGNALS[name] || [name, 2];
+    const share = value / (name.startsWith("dense") ? 1 : best[name] || 1);
+    return element("div", "signal", [element("div", "", [element("span", "", label), element("span", "", value.toFixed(digits))]), bar(share)]);
   });
 }
 

@@ -15,7 +15,7 @@ class Maker:
         self.rows = rows
         self.asked = 0
 
-    def __call__(self):
+    def __call__(self) -> list[dict[str, object]]:
         self.asked += 1
         return self.rows
 

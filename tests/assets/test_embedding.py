@@ -146,7 +146,7 @@ def test_bad_vectors_are_never_stored(store, encoder, monkeypatch, vectors, matc
     """What a model gives wrongly is refused, and nothing of it reaches the store."""
     with pytest.raises(ModelError, match=match):
         check_vectors(vectors, rows=4, dims=MODEL.dims)
-    monkeypatch.setattr(encoder, "encode_documents", lambda texts: vectors)
+    monkeypatch.setattr(encoder, "encode_documents", lambda _: vectors)
     with pytest.raises(ModelError, match=match):
         embed(store, encoder, passages(4))
     assert not store.root.exists()

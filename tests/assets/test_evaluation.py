@@ -38,7 +38,7 @@ class Encoders:
     def __init__(self) -> None:
         self.asked = 0
 
-    def __call__(self):
+    def __call__(self) -> LocalEncoder:
         self.asked += 1
         return LocalEncoder(MODEL)
 

@@ -59,7 +59,10 @@ def _with(matrix, row, value):
 
 UNSOUND = {
     "no rows": (lambda c, v, t: (c.slice(0, 0), v[:0], t[:0]), "no chunks to index"),
-    "duplicate ids": (lambda c, v, t: (pa.concat_tables([c, c.slice(7, 1)]), np.vstack([v, v[:1]]), np.vstack([t, t[:1]])), "two chunks share an id"),
+    "duplicate ids": (
+        lambda c, v, t: (pa.concat_tables([c, c.slice(7, 1)]), np.vstack([v, v[:1]]), np.vstack([t, t[:1]])),
+        "two chunks share an id",
+    ),
     "NaN in one text vector": (lambda c, v, t: (c, _with(v, (299, 5), np.nan), t), r"1 of 300 text vectors"),
     "NaN in one title vector": (lambda c, v, t: (c, v, _with(t, (299, 5), np.nan)), r"1 of 300 title vectors"),
     "infinite": (lambda c, v, t: (c, _with(v, (299, 5), np.inf), t), r"1 of 300 text vectors"),
@@ -91,7 +94,7 @@ def test_freeze_checks_name_what_is_wrong():
 
 def test_a_failed_build_leaves_no_folder(store, monkeypatch):
     """A freeze check that fails leaves nothing behind, visible or hidden."""
-    monkeypatch.setattr(Health, "problems", property(lambda health: ["made to fail"]))
+    monkeypatch.setattr(Health, "problems", property(lambda _: ["made to fail"]))
     with pytest.raises(SnapshotError, match="made to fail"):
         build(store, passages(10))
     assert list((store.root / "snapshots").iterdir()) == []

@@ -1,6 +1,7 @@
 """A page in a real headless Chromium, spoken to in the DevTools protocol over a pipe."""
 
 import base64
+import fcntl
 import json
 import os
 import subprocess
@@ -11,9 +12,18 @@ from pathlib import Path
 from typing import Any
 
 FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update "
-    "--disable-sync --disable-dev-shm-usage --hide-scrollbars --remote-debugging-pipe"
-).split()
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--hide-scrollbars",
+    "--remote-debugging-pipe",
+)
 
 
 class Tab:
@@ -94,13 +104,12 @@ def chromium(program: str, profile: Path) -> Iterator[Tab]:
         os.dup2(fd_out, 4)
 
     # 3 and 4 are where Chromium looks; the originals are moved up so that neither dup2 overwrites the other
-    import fcntl
-
     fd_in, fd_out = fcntl.fcntl(to_browser, fcntl.F_DUPFD, 10), fcntl.fcntl(from_browser, fcntl.F_DUPFD, 10)
     os.close(to_browser)
     os.close(from_browser)
     command = [program, *FLAGS, f"--user-data-dir={profile}", "about:blank"]
-    process = subprocess.Popen(command, pass_fds=(3, 4), preexec_fn=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen(command, pass_fds=(3, 4), preexec_fn=place, stdout=quiet, stderr=quiet)  # noqa: PLW1509 - it only calls dup2
     os.close(fd_in)
     os.close(fd_out)
     tab = None

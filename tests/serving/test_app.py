@@ -63,7 +63,7 @@ def test_retrieve(live):
     first = body["hits"][0]
     assert set(first) == {"chunk_id", "doc_id", "uri", "title", "heading_path", "text", "start", "end", "score", "signals"}
     assert (first["doc_id"], first["text"]) == ("s3.DeleteBucket", PAGES["s3.DeleteBucket"][1])
-    assert set(first["signals"]) == {"dense_text", "dense_title", "bm25_text", "bm25_title"}
+    assert {"dense_text", "dense_title", "bm25_text", "bm25_title"} <= set(first["signals"])
     assert [hit["score"] for hit in body["hits"]] == sorted((hit["score"] for hit in body["hits"]), reverse=True)
 
 
@@ -77,7 +77,9 @@ def test_query(client):
     cited = {citation["number"]: hits[citation["chunk_id"]] for citation in body["citations"]}
     assert {int(number) for number in re.findall(r"\[(\d+)\]", body["answer"])} == set(cited)
     assert all(quote["text"] in cited[quote["number"]]["text"] for quote in body["quotes"])
-    assert all(citation[key] == hits[citation["chunk_id"]][key] for citation in body["citations"] for key in ("doc_id", "uri", "start", "end"))
+    assert all(
+        citation[key] == hits[citation["chunk_id"]][key] for citation in body["citations"] for key in ("doc_id", "uri", "start", "end")
+    )
 
 
 def test_query_abstains(client):
@@ -87,7 +89,9 @@ def test_query_abstains(client):
     assert body["answer"].endswith(".")
 
 
-@pytest.mark.parametrize("query", ["🙂🙂🙂", "如何删除存储桶", "كيف أحذف الدلو", "delete AND (bucket OR \"", "e\u0301" * 100, "\u202ebucket", "*", "a\tb\nc"])
+@pytest.mark.parametrize(
+    "query", ["🙂🙂🙂", "如何删除存储桶", "كيف أحذف الدلو", 'delete AND (bucket OR "', "e\u0301" * 100, "\u202ebucket", "*", "a\tb\nc"]
+)
 def test_any_text_is_answered(client, query):
     """Emoji, other scripts, right-to-left text, query syntax and tabs are questions like any other."""
     assert client.post("/v1/query", json={"query": query}).status_code == 200
@@ -113,7 +117,7 @@ BAD = [
     (b'{"query": 5}', 422, "invalid_field"),
     (b'{"query": "a", "tenant": "b"}', 422, "unknown_field"),
     (b'{"query": "a", "where": "1=1"}', 422, "unknown_field"),
-    (b'{"query": "a", "\\ud800": 1}', 422, "unknown_field"),
+    (b'{"query": "a", "\\ud800": 1}', 422, "invalid_characters"),
     (b'{"query": ""}', 422, "empty_query"),
     (b'{"query": " \\t\\n\\u200b\\u202e"}', 422, "empty_query"),
     (b'{"query": "\\u0000"}', 422, "invalid_characters"),
@@ -227,7 +231,10 @@ def test_unforeseen_errors_are_problems():
     assert "secret" not in reply.text
 
 
-@pytest.mark.parametrize(("name", "media_type"), [("", "text/html"), ("static/app.css", "text/css"), ("static/app.js", "text/javascript"), ("static/icon.svg", "image/svg+xml")])
+@pytest.mark.parametrize(
+    ("name", "media_type"),
+    [("", "text/html"), ("static/app.css", "text/css"), ("static/app.js", "text/javascript"), ("static/icon.svg", "image/svg+xml")],
+)
 def test_page_files(client, name, media_type):
     """The page's files have their types, and are sent again only when they changed."""
     reply = client.get(f"/{name}")
@@ -295,7 +302,7 @@ def test_degraded_without_embedder(tmp_path):
     with serving(settings_for(tmp_path, embedder_url=url), store) as client:
         body = client.post("/v1/query", json=ASK).json()
         assert body["degraded"] == ["embedding"]
-        assert set(body["hits"][0]["signals"]) == {"bm25_text", "bm25_title"}
+        assert not {"dense_text", "dense_title"} & set(body["hits"][0]["signals"])
         assert body["citations"][0]["doc_id"] == "s3.DeleteBucket"
         assert client.get("/readyz").status_code == 200
         from rag_serving import embedder
@@ -351,16 +358,19 @@ def test_serving_is_light():
     assert done.stdout.strip() == "[]"
 
 
-def test_a_build_is_what_is_asked(tmp_path):
-    """Questions admitted together are answered each on its own: fifty at once, no mix-up."""
+def test_questions_at_once_are_not_mixed_up(tmp_path):
+    """Fifty questions at the same moment, encoded together, get the answers that each gets alone."""
     store = LocalStore(tmp_path / "store")
     pages = {f"page.{number}": (f"Page {number}", f"The word of this page is zebra{number}.") for number in range(50)}
     release(store, build(store, settings_for(tmp_path), pages))
+    queries = [{"query": f"zebra{number}", "top_k": 3} for number in range(50)]
 
-    async def ask_all(url: str) -> list[str]:
+    async def ask_all(url: str) -> tuple[list[httpx2.Response], list[httpx2.Response]]:
         async with httpx2.AsyncClient(base_url=url, trust_env=False, timeout=20) as client:
-            replies = await asyncio.gather(*(client.post("/v1/retrieve", json={"query": f"zebra{number}", "top_k": 1}) for number in range(50)))
-        return [reply.json()["hits"][0]["doc_id"] for reply in replies]
+            alone = [await client.post("/v1/retrieve", json=query) for query in queries]
+            return alone, await asyncio.gather(*(client.post("/v1/retrieve", json=query) for query in queries))
 
     with embedding(settings_for(tmp_path)) as url, serving(settings_for(tmp_path, embedder_url=url), store) as client:
-        assert asyncio.run(ask_all(str(client.base_url))) == [f"page.{number}" for number in range(50)]
+        alone, together = asyncio.run(ask_all(str(client.base_url)))
+    assert [reply.json()["hits"] for reply in alone] == [reply.json()["hits"] for reply in together]
+    assert not any(reply.json()["degraded"] for reply in together)

@@ -20,8 +20,7 @@ def cases(draw):
     rows = draw(st.integers(1, 12))
     names = draw(st.lists(st.sampled_from(SIGNALS), min_size=1, unique=True))
     signals = {
-        name: np.array(draw(st.lists(cosines if name in DENSE else bm25, min_size=rows, max_size=rows)), dtype=np.float64)
-        for name in names
+        name: np.array(draw(st.lists(cosines if name in DENSE else bm25, min_size=rows, max_size=rows)), dtype=np.float64) for name in names
     }
     return signals, {name: draw(st.floats(0.125, 4, width=32)) for name in names}
 
@@ -102,7 +101,7 @@ hits = st.dictionaries(st.integers(0, 20), st.floats(0.0625, 1, width=32), max_s
 
 
 @EXAMPLES
-@given(found=st.fixed_dictionaries({name: hits for name in SIGNALS}), depth=st.integers(8, 12))
+@given(found=st.fixed_dictionaries(dict.fromkeys(SIGNALS, hits)), depth=st.integers(8, 12))
 def test_alignment_keeps_every_hit(found, depth):
     """Rows are all hits of all signals, sorted; a hit keeps its score, and one that a signal missed never gets more than its weakest hit."""
     rows, aligned = align(found, depth=depth)

@@ -58,13 +58,20 @@ def test_no_passages_abstains():
 
 def test_scripts_without_spaces():
     """Chinese and Japanese questions find sentences by pairs of characters, and sentences end without a space."""
-    answer = extract("如何删除存储桶?", passages("用户可以创建密钥。先清空,再删除存储桶。名称唯一。"))  # noqa: RUF001
-    assert answer.quotes[0].text == "先清空,再删除存储桶。"  # noqa: RUF001
+    answer = extract("如何删除存储桶?", passages("用户可以创建密钥。先清空,再删除存储桶。名称唯一。"))
+    assert answer.quotes[0].text == "先清空,再删除存储桶。"
 
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("delete", "deleting"), ("deletes", "deleted"), ("policies", "policy"), ("stopped", "stops"), ("DeleteBucket", "delete bucket"), ("address", "addresses")],
+    [
+        ("delete", "deleting"),
+        ("deletes", "deleted"),
+        ("policies", "policy"),
+        ("stopped", "stops"),
+        ("DeleteBucket", "delete bucket"),
+        ("address", "addresses"),
+    ],
 )
 def test_word_forms_meet(one, other):
     """Plurals, tenses and compounds compare equal."""

@@ -164,7 +164,7 @@ def test_entry_without_snapshot_is_refused(ledger):
 
 
 def test_rollback_leaves_the_line_shorter(ledger):
-    """promote a, b, a, b, roll back to b: that is the earlier b, because a rollback never lands on the release that is live."""
+    """Promote a, b, a, b, roll back to b: that is the earlier b, because a rollback never lands on the release that is live."""
     for snapshot in "abab":
         append(ledger, Action.PROMOTE, snapshot)
     append(ledger, Action.ROLLBACK, "b")

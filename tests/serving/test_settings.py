@@ -79,7 +79,7 @@ def test_bad_value_is_named(load, text, environ, key):
 
 def test_broken_file_is_named(load, tmp_path):
     """A file that is not TOML, or is not there although it was named, is a ConfigError with its path."""
-    with pytest.raises(ConfigError, match="ragline.toml is not valid TOML"):
+    with pytest.raises(ConfigError, match=r"ragline\.toml is not valid TOML"):
         load("gate = [")
     absent = tmp_path / "absent.toml"
     for arguments in ({"config": absent, "environ": {}}, {"environ": {"RAGLINE_CONFIG": str(absent)}}):
@@ -105,7 +105,9 @@ def test_models_are_checked(load):
 
 def test_environment_overrides_sources_only(load):
     """RAGLINE_CORPUS and RAGLINE_EVAL_SET replace the source and leave the rest of their section; an empty variable means unset."""
-    settings = load('[corpus]\nsource = "folder:a"\n[eval]\nsource = "beir:a"\nk = 7\n', RAGLINE_CORPUS="folder:b", RAGLINE_EVAL_SET="beir:b")
+    settings = load(
+        '[corpus]\nsource = "folder:a"\n[eval]\nsource = "beir:a"\nk = 7\n', RAGLINE_CORPUS="folder:b", RAGLINE_EVAL_SET="beir:b"
+    )
     assert (settings.corpus.source, settings.eval.source, settings.eval.k) == ("folder:b", "beir:b", 7)
     assert load('[corpus]\nsource = "folder:a"\n', RAGLINE_CORPUS="").corpus.source == "folder:a"
 

@@ -36,7 +36,13 @@ def test_reads_what_was_written(store):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("outcome", "PASS"), ("champion", "another-0123456789ab"), ("measured_at", "2027-01-01T00:00:00+00:00"), ("rules", []), ("seal", "0" * 64)],
+    [
+        ("outcome", "PASS"),
+        ("champion", "another-0123456789ab"),
+        ("measured_at", "2027-01-01T00:00:00+00:00"),
+        ("rules", []),
+        ("seal", "0" * 64),
+    ],
 )
 def test_an_edit_is_refused(store, field, value):
     """A verdict of which one field was changed by hand, such as FAIL to PASS, is refused."""

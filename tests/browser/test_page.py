@@ -1,0 +1,185 @@
+"""The web page in a real headless Chromium: what is asked is shown with its sources, by keyboard and on a phone, and nothing in a corpus runs."""
+
+import shutil
+from pathlib import Path
+from urllib.parse import urlencode
+
+import pytest
+from headless import chromium
+from small_service import PAGES, build, embedding, release, serving, settings_for
+
+from rag_serving.store import LocalStore
+
+PROGRAM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome") or ""
+pytestmark = pytest.mark.skipif(not PROGRAM, reason="needs a browser: apt-get install chromium")
+
+HOSTILE = {
+    "evil.Title": (
+        "<script>window.ran = 1</script><img src=x onerror='window.ran = 2'>",
+        "Hostile wombat text. <img src=x onerror=\"window.ran = 3\"> <a href='javascript:window.ran = 4'>wombat</a> [7]",
+    ),
+}
+ANSWERED = "document.getElementById('main').dataset.state === 'answered'"
+FAILED = "document.getElementById('main').dataset.state === 'failed'"
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """The address of a service over a small corpus with a hostile document, and a tab."""
+    root = tmp_path_factory.mktemp("page")
+    store, settings = LocalStore(root / "store"), settings_for(root)
+    release(store, build(store, settings, PAGES | HOSTILE))
+    with (
+        embedding(settings) as url,
+        serving(settings_for(root, embedder_url=url), store) as client,
+        chromium(PROGRAM, root / "profile") as tab,
+    ):
+        yield f"{client.base_url}", tab
+
+
+def asked(base: str, query: str) -> str:
+    return f"{str(base).rstrip('/')}/?{urlencode({'q': query})}"
+
+
+def troubles(tab) -> list[dict]:
+    """Exceptions, blocked content and failed loads that the browser told since the last look."""
+    wrong = ("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled", "Page.javascriptDialogOpening")
+    found = [event for event in tab.heard if event.get("method") in wrong]
+    tab.heard.clear()
+    return found
+
+
+def test_deep_link_is_answered(page):
+    """/?q=... asks at load and shows the answer, its citation, ranked hits with signals, timings, snapshot and release, without a complaint."""
+    base, tab = page
+    troubles(tab)
+    tab.show(asked(base, "How do I delete a bucket?"))
+    tab.wait(ANSWERED)
+    assert "All objects in the bucket must be deleted" in tab.run("document.getElementById('text').innerText")
+    assert tab.run("document.querySelector('#citations a').innerText") == "Delete Bucket"
+    assert tab.run("document.querySelectorAll('#hits > li').length") == 5
+    assert tab.run("document.querySelectorAll('#hits > li:first-child .signal').length") >= 4
+    assert tab.run(
+        "[...document.querySelectorAll('#waterfall li span:first-child')].map(each => each.innerText).filter(Boolean).join()"
+    ) == ("admit,encode,retrieve,assemble,generate,total")
+    assert "hashing-" in tab.run("document.getElementById('facts').innerText")
+    tab.wait("document.getElementById('history').innerText.includes('promote')")
+    assert "Release 1" in tab.run("document.getElementById('live').innerText")
+    assert troubles(tab) == []
+
+
+def test_citation_opens_its_passage(page):
+    """A click on a marker opens the cited passage with the quote marked, and moves the focus there."""
+    base, tab = page
+    tab.show(asked(base, "How do I delete a bucket?"))
+    tab.wait(ANSWERED)
+    tab.run("document.querySelector('#text a').click()")
+    assert tab.run("document.querySelector('#hits details').open")
+    assert "All objects in the bucket must be deleted" in tab.run("document.querySelector('#hits details[open]').innerText")
+    assert tab.run("document.querySelectorAll('#hits details[open] mark').length") >= 1
+    assert tab.run("document.activeElement.tagName") == "SUMMARY"
+
+
+def test_by_keyboard(page):
+    """A question is asked and a passage opened without a mouse: / to the field, Enter to ask, Tab to the answer, Enter to its source."""
+    base, tab = page
+    tab.show(str(base).rstrip("/") + "/")
+    tab.press("/", code=191, text="/")
+    tab.wait("document.activeElement.id === 'question'")
+    tab.type("How do I delete a bucket?")
+    tab.press("Enter", code=13, text="\r")
+    tab.wait(ANSWERED)
+    assert "q=How" in tab.run("location.search")
+    for _ in range(2):
+        tab.press("Tab", code=9)
+    assert tab.run("document.activeElement.closest('#text') !== null")
+    tab.press("Enter", code=13, text="\r")
+    tab.wait("document.querySelector('#hits details[open]') !== null")
+    tab.run("history.back()")
+    tab.wait("location.search === ''")
+
+
+def test_markup_in_a_corpus_is_text(page):
+    """Script, image and link markup in titles, texts and questions is shown as it is written and never runs."""
+    base, tab = page
+    query = "hostile wombat <script>window.ran = 5</script><img src=x onerror='window.ran = 6'>"
+    troubles(tab)
+    tab.show(asked(base, query))
+    tab.wait(ANSWERED)
+    tab.run("document.querySelectorAll('details').forEach(each => { each.open = true })")
+    text = tab.run("document.body.innerText")
+    assert "<script>window.ran = 1</script>" in text
+    assert 'onerror="window.ran = 3"' in text
+    assert tab.run("document.getElementById('question').value") == query
+    assert tab.run("document.querySelectorAll('main script, main img, a[href^=javascript]').length") == 0
+    assert tab.run("typeof window.ran") == "undefined"
+    assert troubles(tab) == []
+
+
+def test_inline_code_is_blocked(page):
+    """Should markup ever get in, the content security policy stops it: an inserted inline handler and script do not run."""
+    base, tab = page
+    tab.show(str(base).rstrip("/") + "/")
+    tab.run("document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=\"window.ran = 7\">')")
+    tab.run("{const made = document.createElement('script'); made.textContent = 'window.ran = 8'; document.body.append(made)}")
+    tab.wait("[...document.images].every(each => each.complete)")
+    assert tab.run("typeof window.ran") == "undefined"
+    assert any("Content Security Policy" in str(event) for event in troubles(tab))
+
+
+def test_abstention_and_refusal_are_shown(page):
+    """An abstention is a plain sentence without citations; a refused question shows what to do and its trace."""
+    base, tab = page
+    tab.show(asked(base, "Who won the football world cup?"))
+    tab.wait(ANSWERED)
+    assert tab.run("document.querySelectorAll('#text a, #citations li').length") == 0
+    assert tab.run("document.getElementById('text').innerText.endsWith('.')")
+    tab.show(asked(base, "bad \x07 bell"))
+    tab.wait(FAILED)
+    shown = tab.run("document.getElementById('problem').innerText")
+    assert "control character" in shown
+    assert "Trace" in shown
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_fits_and_can_be_read(page, width, dark):
+    """At phone and desktop width nothing runs over the edge, and text has a contrast of 4.5 to its background in both schemes."""
+    base, tab = page
+    tab.show(asked(base, "hostile wombat"), width=width, dark=dark)
+    tab.wait(ANSWERED)
+    tab.run("document.querySelectorAll('details').forEach(each => { each.open = true })")
+    assert tab.run("document.documentElement.scrollWidth") <= width
+    contrast = """(() => {
+      const light = (text) => text.match(/[\\d.]+/g).slice(0, 3).map(Number)
+        .map(each => each / 255).map(each => each <= 0.04045 ? each / 12.92 : ((each + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, each, at) => sum + each * [0.2126, 0.7152, 0.0722][at], 0);
+      const page = getComputedStyle(document.body).backgroundColor;
+      return Math.min(...[...document.querySelectorAll('main *')].filter(each => each.childNodes.length && each.offsetParent
+          && [...each.childNodes].some(node => node.nodeType === 3 && node.data.trim())).map(each => {
+        let box = each;
+        while (box && getComputedStyle(box).backgroundColor === 'rgba(0, 0, 0, 0)') box = box.parentElement;
+        const [one, two] = [light(getComputedStyle(each).color), light(box ? getComputedStyle(box).backgroundColor : page)];
+        return (Math.max(one, two) + 0.05) / (Math.min(one, two) + 0.05);
+      }));
+    })()"""
+    assert tab.run(contrast) >= 4.5
+
+
+def test_nothing_released(page, tmp_path):
+    """Before the first release the page says what to run, and a question is told the same."""
+    _, tab = page
+    with serving(settings_for(tmp_path), LocalStore(tmp_path / "none"), ready=False) as client:
+        tab.show(asked(str(client.base_url), "anything"))
+        tab.wait(FAILED)
+        assert "ragline run" in tab.run("document.getElementById('problem').innerText")
+        tab.wait("document.getElementById('live').innerText.includes('ragline run')")
+        tab.show("about:blank")
+
+
+def test_page_is_packaged():
+    """The page's files are inside the package that is installed."""
+    folder = Path(__file__).parents[2] / "rag_serving" / "page"
+    assert {path.name for path in folder.iterdir()} == {"index.html", "app.css", "app.js", "icon.svg"}
+    assert "style=" not in (folder / "index.html").read_text(encoding="utf-8")
+    assert "innerHTML" not in (folder / "app.js").read_text(encoding="utf-8")
