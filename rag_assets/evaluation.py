@@ -80,7 +80,7 @@ async def measure(
 
     async def rank(number: int) -> None:
         query = eval_set.queries[number]
-        hits = await retriever.retrieve(query.text, None if vectors is None else vectors[number], k=_DEPTH, fusion=fusion)
+        hits = await retriever.retrieve(query.text, None if vectors is None else vectors[number], k=max(_DEPTH, k), fusion=fusion)
         rankings[query.query_id] = document_ranking((hit.chunk_id, hit.doc_id, hit.score) for hit in hits)
 
     total = len(eval_set.queries)

@@ -211,8 +211,8 @@ def load_settings(config: Path | None = None, *, environ: Mapping[str, str] | No
     table = _read_table(path, required=bool(named))
     places = read_places(environ)
     for section, source in (("corpus", places.corpus), ("eval", places.eval_set)):
-        if source:
-            table[section] = {**table.get(section, {}), "source": source}
+        if source and isinstance(table.setdefault(section, {}), dict):
+            table[section]["source"] = source
     try:
         settings = Settings.model_validate({**table, "root": path.resolve().parent, "places": places})
     except ValidationError as error:

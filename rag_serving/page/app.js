@@ -191,7 +191,9 @@ function showRelease(release) {
   if (release.problem) words.push(release.problem.detail);
   at("live").textContent = words.join(" · ");
   const items = release.history.map((entry) => {
-    const what = element("span", "what", [element("b", "", entry.action), element("time", "", moment(entry.at), { datetime: entry.at })]);
+    const action = [element("b", "", entry.action)];
+    if (release.open && release.open.release === entry.number) action.push(element("i", "", "live"));
+    const what = element("span", "what", [element("span", "", action), element("time", "", moment(entry.at), { datetime: entry.at })]);
     const lines = [what];
     if (entry.snapshot_id) lines.push(element("span", "snapshot", entry.snapshot_id));
     lines.push(element("span", "reason", isolated(`${entry.reason} (${entry.actor})`), { title: entry.reason }));

@@ -159,11 +159,12 @@ def test_damaged_evaluation_is_named(measured):
         read_evaluation(store, manifest.sha256, EVAL_SET.sha256)
 
 
-def test_progress_and_recall(store):
-    """Progress is told every 50 queries, and the recall of an HNSW index over its own passages is near 1."""
-    texts = passages(150)
+def test_many_queries_are_measured_as_few(store):
+    """Queries measured at once get the hits they get alone; progress ends at all of them; an HNSW index finds nearly every neighbour."""
+    texts = passages(120)
     manifest, _ = build(store, texts, hnsw_from_rows=100)
-    eval_set = EvalSet("all", tuple(Query(f"q{n}", text) for n, text in enumerate(texts)), {f"q{n}": {f"d{n}": 1} for n in range(150)})
+    queries = tuple(Query(f"q{number}", texts[number % 120]) for number in range(220))
+    eval_set = EvalSet("all", queries, {query.query_id: {f"d{number % 120}": 1} for number, query in enumerate(queries)})
     heard: list[tuple[int, int]] = []
 
     async def run():
@@ -171,11 +172,27 @@ def test_progress_and_recall(store):
         try:
             vectors = await encode_queries(LocalEncoder(MODEL), eval_set)
             rows = await measure(retriever, vectors, eval_set, k=10, progress=lambda done, total: heard.append((done, total)))
-            return rows, await ann_recall(retriever, vectors, k=10)
+            alone = [await retriever.retrieve(queries[number].text, vectors[number], k=10) for number in range(200, 220)]
+            return rows, alone, await ann_recall(retriever, vectors, k=10)
         finally:
             retriever.close()
 
-    rows, recall = asyncio.run(run())
-    assert heard == [(50, 150), (100, 150), (150, 150)]
-    assert sum(row.success for row in rows) >= 145
+    rows, alone, recall = asyncio.run(run())
+    assert [row.retrieved for row in rows[200:]] == [tuple(hit.doc_id for hit in hits) for hits in alone]
+    assert heard == sorted(heard)
+    assert heard[-1] == (220, 220)
+    assert sum(row.success for row in rows) >= 210
     assert 0.95 <= recall <= 1
+
+
+def test_a_known_baseline_is_not_measured_again(measured):
+    """BM25 figures that are handed in are those of the evaluation."""
+    _, _, run, _ = measured
+    assert run(bm25={"mrr_at_5": 0.123}).bm25 == {"mrr_at_5": 0.123}
+
+
+def test_a_deep_cutoff_is_filled(line):
+    """At k = 100 a corpus of 150 documents gives 100 for each query: the cutoff is not cut short by how deep retrieval goes."""
+    store, (*_, manifest) = line
+    evaluation = asyncio.run(evaluate(store, manifest, EVAL_SET, Encoders(), k=100, max_age_days=7.0))
+    assert {len(row["retrieved"]) for row in read_rows(store, evaluation)} == {100}

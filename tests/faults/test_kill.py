@@ -52,7 +52,7 @@ while sys.stdin.readline():
         print("ended", flush=True)
     else:
         print(os.getpid(), flush=True)
-        build(store, passages(150, tag="killed"), hnsw_from_rows=100)
+        build(store, passages(110, tag="killed"), hnsw_from_rows=100)
         os._exit(0)
 """
 
@@ -94,13 +94,13 @@ def test_acknowledged_entries_survive(store):
         assert Ledger(store).last_number() == len(entries)
 
 
-def test_killed_builds_leave_no_half_snapshot(store):
+def test_killed_builds_leave_no_half_snapshot(line):
     """Killed at ten random moments of a build: nothing or a verified snapshot is visible, and the next build succeeds (I10)."""
     rng = np.random.default_rng(2)
-    build(store, passages(20))
+    store, _ = line
     before = snapshot_ids(store)
     started = time.perf_counter()
-    build(LocalStore(store.root.with_name("measured")), passages(150, tag="killed"), hnsw_from_rows=100)
+    build(LocalStore(store.root.with_name("measured")), passages(110, tag="killed"), hnsw_from_rows=100)
     whole = time.perf_counter() - started
     with start(BUILDS, store.root) as builder:
         for _ in range(10):
@@ -115,7 +115,7 @@ def test_killed_builds_leave_no_half_snapshot(store):
             assert len(snapshot_ids(store)) <= len(before) + 1
         builder.stdin.close()
     assert list((store.root / "snapshots").glob(".staging-build-*")), "no kill hit a build under way"
-    manifest, _ = build(store, passages(150, tag="killed"), hnsw_from_rows=100)
+    manifest, _ = build(store, passages(110, tag="killed"), hnsw_from_rows=100)
     assert verify(store, manifest.snapshot_id) == manifest
     assert len(snapshot_ids(store)) == len(before) + 1
 
