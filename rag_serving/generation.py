@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rag_serving.context import Passage
+from rag_serving.wording import terms
 
 MOST_SENTENCES = 3
 SCORE_FLOOR = 0.25
@@ -29,18 +30,6 @@ NO_PASSAGES = "Nothing was found for this question."
 _BREAK = re.compile(r"(?<=[.!?…])[\"')\]]*\s+(?=[^\sa-z])|(?<=[。！？])|\s*\n\s*\n\s*|\s*\n\s*(?=(?:[-*+•#>|]|\d+[.)])\s)")  # noqa: RUF001
 _LEAD = re.compile(r"^(?:[-*+•>|]|#{1,6}|\d+[.)])\s+")
 _POINTER = re.compile(r"(?:for (?:more )?(?:information|details|examples?)|see|refer to)\b", re.IGNORECASE)
-_WORD = re.compile(r"[^\W_]+")
-_CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
-_CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
-_ENDINGS = ("ing", "ies", "ed", "es", "s", "e", "y")
-_STOP_WORDS = frozenset(
-    re.findall(
-        r"\w+",
-        """a about all am an and any are as at be been but by can could did do does for from get had has have how i if in into is it its
-        many me much my need no not of on or our out should so some tell that the their them there these they this those to up use used using
-        want was we were what when where which who whom whose why will with would you your""",
-    )
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,25 +107,3 @@ def sentences(text: str) -> Iterator[str]:
             sentence = sentence[:LONGEST].rpartition(" ")[0] or sentence[:LONGEST]
         if any(character.isalpha() for character in sentence):
             yield sentence
-
-
-def terms(text: str) -> Iterator[str]:
-    """The words of a text for comparison: case folded, compounds such as DeleteBucket cut apart, endings off, stop words left out.
-
-    Scripts without spaces give pairs of neighbouring characters.
-    """
-    for found in _WORD.findall(_CAMEL.sub(" ", text)):
-        word = found.casefold()
-        if _CJK.search(word):
-            yield from (word[at : at + 2] for at in range(max(len(word) - 1, 1)))
-        elif word not in _STOP_WORDS:
-            yield _stem(word)
-
-
-def _stem(word: str) -> str:
-    for ending in _ENDINGS:
-        stem = word.removesuffix(ending)
-        if stem != word and len(stem) >= 3 and not word.endswith("ss"):
-            doubled = ending in {"ing", "ed"} and stem[-1] == stem[-2] and stem[-1] not in "lsz"
-            return stem[:-1] if doubled else stem
-    return word

@@ -13,9 +13,6 @@ from rag_serving.errors import EncoderError, ModelMismatch
 from rag_serving.generation import Answer, extract
 from rag_serving.live import Live, Serving
 from rag_serving.retrieval import Hit, Vector
-from rag_serving.settings import Weights
-
-WORDS_ALONE = Weights(dense_text=0, dense_title=0)
 
 log = logging.getLogger(__name__)
 
@@ -65,11 +62,8 @@ async def _found(serving: Serving, question: Question, *, top_k: int, trace: Tra
     retriever = serving.snapshot.retriever
     with trace.phase("encode"):
         vector = await _encoded(serving.snapshot.encoder, question.query)
-    fusion = retriever.manifest.fusion()
-    if vector is None and not (fusion.weights.bm25_text or fusion.weights.bm25_title):
-        fusion = fusion.model_copy(update={"weights": WORDS_ALONE})
     with trace.phase("retrieve"):
-        hits = await retriever.retrieve(question.query, vector, k=top_k, fusion=fusion)
+        hits = await retriever.retrieve(question.query, vector, k=top_k)
     return Found(serving, hits, [] if vector is not None else ["embedding"])
 
 

@@ -6,13 +6,16 @@ Rarity is counted inside the pool of candidates, so it weighs what tells them ap
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from rag_serving.settings import Wording
 
 _WORD = re.compile(r"[^\W_]+")
+_CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
+_CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+_ENDINGS = ("ing", "ies", "ed", "es", "s", "e", "y")
 _STOP_WORDS = frozenset(
     """
     a about above after again all also am an and any are as at be because been before being below between both but by can could did do does
@@ -22,8 +25,6 @@ _STOP_WORDS = frozenset(
     who whom whose why will with would you your yours
     """.split()  # noqa: SIM905 - prose is easier to read and to change than a list of quoted words
 )
-_SUFFIXES = (("ies", "y"), ("ing", ""), ("ed", ""), ("es", ""), ("s", ""), ("e", ""))
-
 Pair = tuple[str, str]
 
 
@@ -35,15 +36,25 @@ class Candidate:
     text: str
 
 
-def terms(text: str) -> list[str]:
-    """The words of a text in order: case folded, English function words left out, common English suffixes removed."""
-    return [_stem(word) for word in _WORD.findall(text.casefold()) if word not in _STOP_WORDS]
+def terms(text: str) -> Iterator[str]:
+    """The words of a text for comparison, in order, without English endings and function words.
+
+    Case is folded, compounds such as DeleteBucket are cut apart, scripts without spaces give pairs of neighbouring characters.
+    """
+    for found in _WORD.findall(_CAMEL.sub(" ", text)):
+        word = found.casefold()
+        if _CJK.search(word):
+            yield from (word[at : at + 2] for at in range(max(len(word) - 1, 1)))
+        elif word not in _STOP_WORDS:
+            yield _stem(word)
 
 
 def _stem(word: str) -> str:
-    for suffix, replacement in _SUFFIXES:
-        if word.endswith(suffix) and len(word) - len(suffix) >= 3:
-            return word[: -len(suffix)] + replacement
+    for ending in _ENDINGS:
+        stem = word.removesuffix(ending)
+        if stem != word and len(stem) >= 3 and not word.endswith("ss"):
+            doubled = ending in {"ing", "ed"} and stem[-1] == stem[-2] and stem[-1] not in "lsz"
+            return stem[:-1] if doubled else stem
     return word
 
 
@@ -53,10 +64,10 @@ def word_evidence(query: str, pool: Sequence[Candidate], *, weights: Wording, di
     pairs: share of the query's adjacent word pairs that the text has; words: the same of its words; title: share of the title that the
     query names, scaled by title distinctness. Each share is of idf mass, idf = ln(1 + (n - df + 0.5) / (df + 0.5)) over the n candidates.
     """
-    asked = terms(query)
+    asked = list(terms(query))
     asked_words, asked_pairs = set(asked), set(pairwise(asked))
     titles = [set(terms(candidate.title)) for candidate in pool]
-    bodies = [terms(candidate.text) for candidate in pool]
+    bodies = [list(terms(candidate.text)) for candidate in pool]
     words = [asked_words & set(body) for body in bodies]
     pairs = [asked_pairs & set(pairwise(body)) for body in bodies]
     seen: Counter[str | Pair] = Counter()

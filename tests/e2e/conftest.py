@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,8 +13,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DATASETS = ROOT.parent / "shared" / "datasets"
+SMALL = {"RAGLINE_CORPUS": "sample:small", "RAGLINE_EVAL_SET": "sample:small"}
 
-Command = Callable[..., subprocess.CompletedProcess[str]]
+Done = subprocess.CompletedProcess[str]
+Command = Callable[..., Done]
 
 
 def environment(home: Path, **variables: str) -> dict[str, str]:
@@ -22,20 +25,43 @@ def environment(home: Path, **variables: str) -> dict[str, str]:
     return {**kept, **places, "RAGLINE_ACTOR": "tester", "COLUMNS": "160", **variables}
 
 
-@pytest.fixture
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "rag_assets", *arguments]
+
+
+@pytest.fixture(scope="session")
 def ragline() -> Command:
     """Run `ragline ARGS` in the checkout with state in `home`."""
 
-    def run(home: Path, *arguments: str, timeout: float = 900, **variables: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "rag_assets", *arguments]
+    def run(home: Path, *arguments: str, timeout: float = 900, **variables: str) -> Done:
         return subprocess.run(
-            command, cwd=ROOT, env=environment(home, **variables), capture_output=True, text=True, timeout=timeout, check=False
+            command(*arguments),
+            cwd=ROOT,
+            env=environment(home, **variables),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
         )
 
     return run
 
 
-def facts(done: subprocess.CompletedProcess[str]) -> Any:
+def facts(done: Done) -> Any:
     """The JSON a command printed; its stderr when it failed."""
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="session")
+def first_run(ragline: Command, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The state folder of one `ragline run` on the small sample with both default models, and the facts it printed. Not to be changed."""
+    home = tmp_path_factory.mktemp("line")
+    return home, facts(ragline(home, "run", "--json", **SMALL))
+
+
+@pytest.fixture
+def released(first_run: tuple[Path, dict[str, Any]], tmp_path: Path) -> Path:
+    """A private copy of the store of `first_run`."""
+    shutil.copytree(first_run[0] / "store", tmp_path / "home" / "store")
+    return tmp_path / "home"

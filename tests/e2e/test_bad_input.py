@@ -16,7 +16,9 @@ def refused(done, *, says: str) -> None:
 
 def beir(folder: Path, *, documents: int, judged: str) -> Path:
     (folder / "qrels").mkdir(parents=True)
-    rows = [json.dumps({"_id": f"d{i}", "title": f"Title {i}", "text": f"This is the text of document number {i}."}) for i in range(documents)]
+    rows = [
+        json.dumps({"_id": f"d{i}", "title": f"Title {i}", "text": f"This is the text of document number {i}."}) for i in range(documents)
+    ]
     (folder / "corpus.jsonl").write_text("\n".join(rows), encoding="utf-8")
     (folder / "queries.jsonl").write_text(json.dumps({"_id": "q1", "text": "which document"}), encoding="utf-8")
     (folder / "qrels" / "test.tsv").write_text(f"query-id\tcorpus-id\tscore\nq1\t{judged}\t1\n", encoding="utf-8")
