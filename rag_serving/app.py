@@ -12,11 +12,13 @@ from typing import Any
 import uvicorn
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.trace import SpanKind, Tracer
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rag_serving import pipeline
+from rag_serving import pipeline, telemetry
 from rag_serving.admission import Question, admit
 from rag_serving.errors import RaglineError
 from rag_serving.limits import BodyLimit
@@ -59,7 +61,7 @@ _SECURITY = {
     "X-Frame-Options": "DENY",
 }
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_TRACEPARENT = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+_TRACED = frozenset({"/v1/query", "/v1/retrieve", "/v1/release"})
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 
 log = logging.getLogger(__name__)
@@ -68,16 +70,20 @@ log = logging.getLogger(__name__)
 class Frame:
     """Around every exchange: trace id, request id, security headers, and a reply of our own for what nobody foresaw."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, *, tracer: Tracer) -> None:
         self._app = app
+        self._tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        parent = _TRACEPARENT.fullmatch(headers.get("traceparent", ""))
-        trace_id = parent[1] if parent else uuid.uuid4().hex
+        name = f"{scope['method']} {scope['path']}" if scope["path"] in _TRACED else "request"
+        with self._tracer.start_as_current_span(name, telemetry.context_of(headers), kind=SpanKind.SERVER) as span:
+            await self._exchange(scope, receive, send, headers, telemetry.trace_id_of(span.get_span_context()))
+
+    async def _exchange(self, scope: Scope, receive: Receive, send: Send, headers: Headers, trace_id: str) -> None:
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["trace_id"] = trace_id
@@ -160,7 +166,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 async def _admitted(request: Request) -> tuple[Question, Trace]:
-    trace = Trace(request.state.trace_id)
+    trace = Trace(request.state.trace_id, request.app.state.tracer)
     body = await request.body()
     with trace.phase("admit"):
         return admit(request.headers.get("content-type", ""), body), trace
@@ -245,15 +251,20 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     await app.state.live.stop()
 
 
-def create_app(settings: Settings, *, store: Store | None = None) -> FastAPI:
-    """The service over a store; default: the settings' own. It starts whatever the store holds, and answers once a release is open."""
+def create_app(settings: Settings, *, store: Store | None = None, tracing: TracerProvider | None = None) -> FastAPI:
+    """The service over a store; default: the settings' own. It starts whatever the store holds, and answers once a release is open.
+
+    `tracing` makes its spans; add span processors to it to send them somewhere.
+    """
+    tracer = telemetry.tracer(tracing or telemetry.provider())
     app = FastAPI(title="ragline", version="1", lifespan=_lifespan, docs_url=None, redoc_url=None)
     app.state.settings = settings
     app.state.live = Live(store or LocalStore(settings.store_dir), settings)
     app.state.assets = _read_assets()
+    app.state.tracer = tracer
     app.include_router(routes)
     app.add_middleware(BodyLimit, most_bytes=MOST_BODY_BYTES, too_long=_TOO_LONG, refusal=_refusal, seconds=BODY_SECONDS)
-    app.add_middleware(Frame)
+    app.add_middleware(Frame, tracer=tracer)
     _add_problems(app)
     return app
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ValidationError
 
 from rag_serving.errors import EncoderError, EncoderUnavailable, ModelMismatch
+from rag_serving.telemetry import outgoing_headers
 
 if TYPE_CHECKING:
     from rag_serving.models import EmbeddingModel
@@ -116,10 +117,10 @@ class RemoteEncoder:
         body = {"model": self.model, "input": list(queries), "input_type": "query", "encoding_format": "float"}
         try:
             try:
-                return await self._pool().post("/v1/embeddings", json=body)
+                return await self._pool().post("/v1/embeddings", json=body, headers=outgoing_headers())
             except (httpx2.RemoteProtocolError, httpx2.ReadError, httpx2.WriteError):
                 # a kept connection that the service closed while idle; asking again is safe
-                return await self._pool().post("/v1/embeddings", json=body)
+                return await self._pool().post("/v1/embeddings", json=body, headers=outgoing_headers())
         except httpx2.TransportError as error:
             raise EncoderUnavailable(
                 f"the embedding service at {self.base_url} cannot be reached: {type(error).__name__} {error}.", fix=START_IT

@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from opentelemetry.trace import Tracer
+
+from rag_serving import telemetry
 from rag_serving.admission import Question
 from rag_serving.context import assemble
 from rag_serving.encoding import Encoder
@@ -19,16 +22,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Trace:
-    """What one request is known by and how long its phases took, in milliseconds, in order."""
+    """What one request is known by and how long its phases took, in milliseconds, in order; each phase is also a span."""
 
     trace_id: str
+    tracer: Tracer
     timings_ms: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
         try:
-            yield
+            with self.tracer.start_as_current_span(name):
+                yield
         finally:
             self.timings_ms[name] = round((time.perf_counter() - started) * 1000, 3)
 
@@ -64,7 +69,17 @@ async def _found(serving: Serving, question: Question, *, top_k: int, trace: Tra
         vector = await _encoded(serving.snapshot.encoder, question.query)
     with trace.phase("retrieve"):
         hits = await retriever.retrieve(question.query, vector, k=top_k)
-    return Found(serving, hits, [] if vector is not None else ["embedding"])
+        telemetry.record({telemetry.RETRIEVED_CHUNKS: len(hits), telemetry.SCORE_TOP1: hits[0].score if hits else 0.0})
+    degraded = [] if vector is not None else ["embedding"]
+    telemetry.record(
+        {
+            telemetry.SNAPSHOT_ID: serving.snapshot_id,
+            telemetry.GENERATION: serving.number,
+            telemetry.RETRIEVED_CHUNKS: len(hits),
+            telemetry.DEGRADED: tuple(degraded),
+        }
+    )
+    return Found(serving, hits, degraded)
 
 
 async def _encoded(encoder: Encoder, query: str) -> Vector | None:

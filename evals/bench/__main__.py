@@ -1,6 +1,7 @@
 """`python -m evals.bench [NAME ...]`: run benches and print one table. Without names, all but `quality`, which takes many minutes."""
 
 import asyncio
+import os
 import sys
 import time
 import warnings
@@ -54,7 +55,12 @@ def bench_settings(settings: Settings) -> Settings:
 
 
 def main(names: Sequence[str]) -> int:
-    """Run the named benches; 0 when all ran."""
+    """Run the named benches; 0 when all ran.
+
+    torch gets one thread a side unless OMP_NUM_THREADS says more. With a thread a core, any other load leaves threads spinning at barriers:
+    the peer was then measured at a tenth of its speed, and ours looked quicker than its own limit.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
     chosen, console = _chosen(names), Console(width=None if sys.stdout.isatty() else 170)
     started, results, failed = time.perf_counter(), [], False

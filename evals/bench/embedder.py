@@ -3,7 +3,9 @@
 import asyncio
 import logging
 import multiprocessing
+import signal
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -33,6 +35,8 @@ async def run(rig: Rig, *, texts: int = 384, clients: int = 16, rounds: int = 5,
     rig.reporter.note("starting the embedding service")
     async with _service(rig.settings, rig.model_name) as url:
         remotes = [RemoteEncoder(url, rig.model_name, model.fingerprint, dims=model.dims, timeout_seconds=60) for _ in range(clients)]
+
+        rig.check_same(await remotes[0].encode(queries[:32]), rig.bare_encode(prompted[:32], batch_size=size))
 
         async def together(_: int) -> None:
             waiting = iter(queries)
@@ -66,6 +70,7 @@ async def run(rig: Rig, *, texts: int = 384, clients: int = 16, rounds: int = 5,
 
 def _start(settings: Settings, model_name: str, port: int) -> None:
     logging.disable(logging.INFO)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # uvicorn raises the signal again when it has ended
     serve(settings, models=[model_name], host=_HOST, port=port)
 
 

@@ -5,7 +5,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from rich import box
 from rich.table import Table
 
 Side = Callable[[int], Any]
+DOUBT = "NOT VALID: passes its limit, the run was disturbed"
+_NOISE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +45,16 @@ class Pairs:
     peer: Sequence[float]
 
     def rate(self, what: str, amount: float, unit: str, *, peer_is: str, note: str = "") -> Figure:
-        """`amount` a second: medians of the rounds, and the median of the rounds' ratios."""
+        """`amount` a second: medians of the rounds, and the median of the rounds' ratios. The peer is a limit that ours cannot pass."""
         ours, peer = (amount / np.asarray(side) for side in (self.ours, self.peer))
-        return _paired(what, ours, peer, unit, peer_is=peer_is, note=note)
+        figure = _paired(what, ours, peer, unit, peer_is=peer_is, note=note)
+        return _doubted(figure) if (figure.ratio or 0) > 1 + _NOISE else figure
 
-    def milliseconds(self, what: str, *, peer_is: str, note: str = "") -> Figure:
-        """Medians in ms, and the median of the rounds' ratios."""
+    def milliseconds(self, what: str, *, peer_is: str, limit: bool = True, note: str = "") -> Figure:
+        """Medians in ms, and the median of the rounds' ratios. `limit`: the peer does a part of our work, so ours cannot be quicker."""
         ours, peer = (1000 * np.asarray(side) for side in (self.ours, self.peer))
-        return _paired(what, ours, peer, "ms", peer_is=peer_is, note=note)
+        figure = _paired(what, ours, peer, "ms", peer_is=peer_is, note=note)
+        return _doubted(figure) if limit and (figure.ratio or 0) < 1 - _NOISE else figure
 
     def tail_milliseconds(self, what: str, *, peer_is: str, promise_ms: float | None = None, note: str = "") -> Figure:
         """The 95th percentiles in ms, and their ratio."""
@@ -65,6 +69,11 @@ def _paired(what: str, ours: Any, peer: Any, unit: str, *, peer_is: str, note: s
     return Figure(
         what, float(np.median(ours)), unit, float(np.median(peer)), peer_is, float(np.median(ratios)), spread=(low, high), note=note
     )
+
+
+def _doubted(figure: Figure) -> Figure:
+    """A figure that passes its own limit says that the run was disturbed, never that ours is quicker."""
+    return replace(figure, note="; ".join(part for part in (DOUBT, figure.note) if part))
 
 
 def kept(measured: float, limit: float, unit: str) -> str:

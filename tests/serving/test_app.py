@@ -225,7 +225,7 @@ def test_unforeseen_errors_are_problems():
     async def broken(scope, receive, send):
         raise RuntimeError("secret /tmp/place")
 
-    with running(Frame(broken)) as url:
+    with running(Frame(broken, tracer=telemetry.tracer(telemetry.provider()))) as url:
         reply = httpx2.get(url, trust_env=False)
     assert problem(reply)["code"] == "internal"
     assert "secret" not in reply.text

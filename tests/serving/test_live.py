@@ -86,7 +86,7 @@ def test_promotion_and_rollback_under_load(two, tmp_path, capsys):
         assert client.get("/v1/release").json()["number"] == 11
     with capsys.disabled():
         for action, seconds in taken.items():
-            print(  # noqa: T201 - the figure this test is run for
+            print(
                 f"\n{action} served after {min(seconds):.3f} to {max(seconds):.3f} s (polled every 0.1 s), {len(replies)} requests", end=""
             )
     assert max(taken["promote"] + taken["rollback"]) < 1

@@ -12,6 +12,7 @@ from starlette.applications import Starlette
 from starlette.responses import Response
 from starlette.routing import Route
 
+from rag_serving import telemetry
 from rag_serving.models import load_model
 from rag_serving.pipeline import Trace
 from rag_serving.settings import Retrieval, Weights
@@ -30,7 +31,7 @@ def store(tmp_path_factory):
 
 def test_phases_are_timed_in_order():
     """Each phase leaves its milliseconds, also one that fails."""
-    trace = Trace("0" * 32)
+    trace = Trace("0" * 32, telemetry.tracer(telemetry.provider()))
     with trace.phase("encode"):
         time.sleep(0.01)
     with pytest.raises(ValueError, match="broken"), trace.phase("retrieve"):

@@ -223,7 +223,7 @@ def test_rollback_goes_back_step_by_step(line):
     started = time.perf_counter()
     entry = rollback(store, actor="tester", reason="bad")
     seconds = time.perf_counter() - started
-    print(f"rollback of a 40-row snapshot: {seconds:.3f} s")  # noqa: T201 - a figure for the report
+    print(f"rollback of a 40-row snapshot: {seconds:.3f} s")
     assert seconds < 5
     assert (entry.number, entry.evidence["from"], live(store)) == (4, indexed.snapshot_id, second.snapshot_id)
     rollback(store, actor="tester", reason="bad")

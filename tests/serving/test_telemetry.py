@@ -1,0 +1,71 @@
+"""Tracing over real sockets: one trace from the caller to the embedding service, a span a phase, no text."""
+
+import httpx2
+import pytest
+from live_server import running
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from small_service import build, release, settings_for
+
+from rag_serving import embedder, telemetry
+from rag_serving.app import create_app
+from rag_serving.store import LocalStore
+
+CALLER = "0af7651916cd43dd8448eb211c80319c"
+PHASES = ["admit", "encode", "retrieve", "assemble", "generate"]
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """A function that asks one question with headers and returns the reply, the finished spans, and what the embedder was sent."""
+    store, exporter, sent = LocalStore(tmp_path), InMemorySpanExporter(), []
+    tracing = telemetry.provider()
+    tracing.add_span_processor(SimpleSpanProcessor(exporter))
+    settings = settings_for(tmp_path)
+    release(store, build(store, settings))
+    service = embedder.create_app(settings, preload=["hashing"])
+
+    async def overheard(scope, receive, send):
+        if scope.get("path") == "/v1/embeddings":
+            sent.append({name.decode(): value.decode() for name, value in scope["headers"]})
+        await service(scope, receive, send)
+
+    with running(overheard, ready_path="/readyz") as url:
+        app = create_app(settings_for(tmp_path, embedder_url=url), store=store, tracing=tracing)
+        with running(app, ready_path="/readyz") as base:
+            exporter.clear()
+
+            def ask(**headers):
+                reply = httpx2.post(f"{base}/v1/query", json={"query": "delete a secret-word bucket"}, headers=headers, trust_env=False)
+                return reply.json(), [span for span in exporter.get_finished_spans() if span.name != "request"], sent
+
+            yield ask
+    tracing.shutdown()
+
+
+def test_one_trace_from_the_caller_through_every_phase_to_the_embedder(asked):
+    """The caller's trace id is on the root span, on each phase below it, in the reply, and in what the embedding service was sent."""
+    reply, spans, sent = asked(traceparent=f"00-{CALLER}-b7ad6b7169203331-01")
+    root = next(span for span in spans if span.name == "POST /v1/query")
+    assert [span.name for span in spans if span.parent and span.parent.span_id == root.context.span_id] == PHASES
+    assert {telemetry.trace_id_of(span.context) for span in spans} == {CALLER} == {reply["trace_id"]}
+    assert sent[-1]["traceparent"].split("-")[1] == CALLER
+    assert root.attributes[telemetry.SNAPSHOT_ID] == reply["snapshot_id"]
+    assert root.attributes[telemetry.GENERATION] == reply["release"]
+    assert root.attributes[telemetry.RETRIEVED_CHUNKS] == len(reply["hits"])
+    retrieve = next(span for span in spans if span.name == "retrieve")
+    assert retrieve.attributes[telemetry.SCORE_TOP1] == pytest.approx(reply["hits"][0]["score"])
+
+
+@pytest.mark.parametrize("header", ["", "garbage", "00-" + "0" * 32 + "-b7ad6b7169203331-01", "00-" + "x" * 10_000])
+def test_a_malformed_traceparent_starts_a_new_trace(asked, header):
+    """Nothing of a malformed traceparent is believed; the reply still has a trace id."""
+    reply, _, _ = asked(traceparent=header)
+    assert len(reply["trace_id"]) == 32
+    assert int(reply["trace_id"], 16) > 0
+
+
+def test_spans_carry_no_text(asked):
+    """Neither the question nor a passage stands in any span."""
+    _, spans, _ = asked()
+    assert "secret-word" not in " ".join(f"{span.name} {dict(span.attributes)}" for span in spans)
