@@ -14,6 +14,7 @@ from live_server import running
 from small_service import PAGES, SPEC, build, embedding, release, serving, settings_for, two_snapshots
 from starlette.responses import PlainTextResponse
 
+from rag_serving import telemetry
 from rag_serving.app import MOST_BODY_BYTES, PROBLEMS, Frame
 from rag_serving.limits import BodyLimit
 from rag_serving.store import LocalStore
