@@ -55,6 +55,7 @@ async def _collection(rig: Rig, folder: Path, *, most: int) -> list[Figure]:
         with rig.reporter.bar(f"{folder.name}: {kind}") as bar:
             scores[kind] = summarise(await measure(retriever, vectors, eval_set, k=10, fusion=fusion, progress=bar), k=10)
     retriever.close()
+    rig.reporter.note(f"{folder.name}: nDCG@10 " + ", ".join(f"{kind} {found['ndcg_at_10']:.3f}" for kind, found in scores.items()))
     rows = []
     for metric, label in _METRICS.items():
         ours, parts = scores["ours"][metric], {kind: scores[kind][metric] for kind in ("BM25", "dense")}

@@ -25,7 +25,7 @@ from rag_serving.store import LocalStore, Store
 from rag_serving.weights import pull
 
 Vectors = NDArray[np.float32]
-_SIZES = (16, 32, 64)
+_SIZES = (4, 8, 16, 32, 64)
 _SIZING_TEXTS = 64
 
 
