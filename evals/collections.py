@@ -121,10 +121,17 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and object of each line of a JSON Lines file. EvalSetError names file and line."""
+    """Line number and object of each line of a JSON Lines file, whose text can be stored as UTF-8. EvalSetError names file and line."""
     for number, line in text_lines(path):
         try:
             row = json.loads(line)
+            if "\\u" in line:
+                json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise EvalSetError(
+                f"{path}, line {number}: half a character, \\u{ord(error.object[error.start]):04x}.",
+                fix="Write the pair of surrogates whole, or remove the half.",
+            ) from None
         except json.JSONDecodeError as error:
             raise EvalSetError(f"{path}, line {number}: not valid JSON ({error}).", fix="One JSON object on each line.") from None
         if not isinstance(row, dict):

@@ -18,7 +18,7 @@ from rag_serving.settings import Settings, load_settings
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
 models_app = typer.Typer(no_args_is_help=True, help="Embedding models and their weights.")
 app.add_typer(models_app, name="models")
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 120)
 errors = Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print facts as JSON.")]
@@ -34,6 +34,13 @@ def main() -> None:
             raise
         errors.print(f"ragline: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        errors.print(
+            f"ragline: {error.name} is not installed here. Install the pipeline: pip install 'ragline[pipeline]'.",
+            style="red",
+            markup=False,
+        )
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -78,11 +85,14 @@ def run(
                 "embedded": result.computed,
                 "snapshots_built": result.built,
                 "promoted": result.promoted,
+                "refusal": str(result.refusal) if result.refusal else None,
                 "standings": [{**asdict(s.evaluation), "status": s.status, "reason": s.reason} for s in result.standings],
             }
         )
     else:
         report_run(console, bench, result, seconds=time.perf_counter() - started)
+    if result.refusal:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -197,7 +207,7 @@ def hold(reason: Reason, as_json: Json = False) -> None:
     """Block every promotion until lifted."""
     from rag_serving import promotion
 
-    _changed(lambda settings: promotion.hold(_store(settings), actor=_actor(settings), reason=reason), as_json=as_json)
+    _changed(lambda settings: promotion.hold(_store(settings), actor=_actor(settings), reason=reason), as_json=as_json, moves_release=False)
 
 
 @app.command()
@@ -205,7 +215,7 @@ def lift(reason: Reason, as_json: Json = False) -> None:
     """End all holds."""
     from rag_serving import promotion
 
-    _changed(lambda settings: promotion.lift(_store(settings), actor=_actor(settings), reason=reason), as_json=as_json)
+    _changed(lambda settings: promotion.lift(_store(settings), actor=_actor(settings), reason=reason), as_json=as_json, moves_release=False)
 
 
 @app.command()
@@ -263,19 +273,20 @@ def _actor(settings: Settings) -> str:
     return current_actor(settings.places.actor)
 
 
-def _changed(change: Callable[[Settings], Any], *, as_json: bool) -> None:
-    """Make a change to the release, say how long it took, and how soon a running server followed."""
+def _changed(change: Callable[[Settings], Any], *, as_json: bool, moves_release: bool = True) -> None:
+    """Make a change to the ledger, say how long it took and, when it moves the release, how soon a running server followed."""
     from rag_assets.status import follow
 
     settings = load_settings()
     started = time.perf_counter()
     entry = change(settings)
     seconds = time.perf_counter() - started
-    followed = follow(settings, entry.number) if entry else None
+    followed, word = follow(settings, entry.number) if entry and moves_release else (None, "")
     if as_json:
         print_json({"entry": asdict(entry) if entry else None, "seconds": round(seconds, 3), "server_followed_seconds": followed})
     elif entry is None:
-        console.print("Nothing to do: it is live already.")
+        console.print("Nothing to do: the best snapshot is live already.")
     else:
         console.print(f"[bold]Entry {entry.number}: {entry.action}[/] {entry.snapshot_id or ''} in {seconds:.2f} s", highlight=False)
-        console.print(f"The running server followed after {followed:.2f} s." if followed is not None else "No server is running here.")
+        if word:
+            console.print(word, highlight=False)

@@ -98,16 +98,22 @@ def _account() -> _Account:
     except (OSError, subprocess.CalledProcessError) as error:
         raise PlatformError(f"cannot create the user pgserver: {error}.", fix="Run ragline as a user other than root.") from None
     _wheel().ensure_folder_permissions(_programs().parent, 0o555)
-    _open_parents(_programs().parent)
+    _open_parents(_programs().parent, fix="Install ragline in a folder that every user can enter, or run it as a user other than root.")
     entry = pwd.getpwnam("pgserver")
     return {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
 
 
-def _open_parents(path: Path) -> None:
+def _open_parents(path: Path, *, fix: str = "Set RAGLINE_HOME to a folder whose parents every user can enter.") -> None:
+    """Let every user pass through the folders above that path. PlatformError when one of them cannot be changed."""
     for folder in path.parents:
-        mode = folder.stat().st_mode
-        if mode & 0o011 != 0o011:
-            folder.chmod(mode | 0o011)
+        try:
+            mode = folder.stat().st_mode
+            if mode & 0o011 != 0o011:
+                folder.chmod(mode | 0o011)
+        except OSError as error:
+            raise PlatformError(
+                f"the user that Postgres runs as cannot enter {folder}, and its mode cannot be changed: {error.strerror}.", fix=fix
+            ) from None
 
 
 def _run(program: str, *arguments: str, account: _Account) -> None:

@@ -13,7 +13,7 @@ from rag_assets.line import LineResult
 from rag_assets.terminal import print_standings
 from rag_assets.workbench import Workbench
 from rag_serving.context import assemble
-from rag_serving.encoding import LocalEncoder
+from rag_serving.encoding import LocalEncoder, require_fingerprint
 from rag_serving.errors import NotReady
 from rag_serving.generation import extract
 from rag_serving.releases import Ledger
@@ -30,19 +30,21 @@ def report_run(console: Console, bench: Workbench, result: LineResult, *, second
     console.print(leaderboard_table(rows, k=bench.settings.eval.k))
     console.rule("release")
     print_standings(console, result.standings)
+    if result.refusal:
+        console.print(f"[bold red]   no release[/]  {escape(str(result.refusal))}")
     console.print()
     if result.state.champion:
         _answer(console, bench)
     console.print(f"{work if result.computed or result.built else nothing}; {seconds:.0f} s.")
     console.rule("next")
-    console.print("make up                                           the Dagster UI, MLflow, the serving API and its page")
-    console.print("ragline run --source ./docs --eval-set ./my-eval  your own documents and eval set (BEIR layout)")
-    console.print("ragline compare ./my-eval                         which embedding model is best for them")
+    console.print("make up                                                      the Dagster UI, MLflow, the serving API and its page")
+    console.print(".venv/bin/ragline run --source ./docs --eval-set ./my-eval   your own documents and eval set (BEIR layout)")
+    console.print(".venv/bin/ragline compare ./my-collection                    which embedding model is best for a collection")
 
 
 def _answer(console: Console, bench: Workbench) -> None:
-    heldout = steps.load_eval_set(bench).half("heldout")
-    question = min(heldout.queries, key=lambda query: query.query_id).text
+    eval_set = steps.load_eval_set(bench)
+    question = min(eval_set.half("heldout").queries or eval_set.queries, key=lambda query: query.query_id).text
     snapshot_id, hits = search_release(bench, question, k=bench.settings.serving.top_k)
     answer = extract(question, assemble(hits))
     console.rule("one question, from the promoted snapshot")
@@ -65,6 +67,7 @@ async def _search(bench: Workbench, snapshot_id: str, query: str, *, k: int) -> 
     retriever = await Retriever.open(bench.store, snapshot_id)
     encoder = LocalEncoder(bench.model(retriever.manifest.embedding_model))
     try:
+        require_fingerprint(encoder, retriever.manifest.fingerprint)
         (vector,) = await encoder.encode([query])
         return await retriever.retrieve(query, vector, k=k)
     finally:

@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 
 from evals.collections import EvalSet
 from evals.metrics import QueryRow, document_ranking, score_rankings, summarise
-from rag_serving.encoding import Encoder, Vectors
+from rag_serving.encoding import Encoder, Vectors, require_fingerprint
 from rag_serving.errors import AlreadyExists, StoreError
-from rag_serving.retrieval import Retriever
+from rag_serving.retrieval import QUERY_CODE, Retriever
 from rag_serving.settings import Retrieval, Weights, Wording
 from rag_serving.snapshots import Manifest
 from rag_serving.store import Store
@@ -34,7 +34,10 @@ _ENCODE_BATCH = 256
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """A snapshot measured on an eval set. `metrics` and `bm25` hold aggregates, `ranks` the reciprocal rank of each query."""
+    """A snapshot measured on an eval set. `metrics` and `bm25` hold aggregates; the rows of each query are read by `read_rows`.
+
+    `query_code` is the version of the code that searched; an evaluation by another version is measured again.
+    """
 
     snapshot_id: str
     manifest_sha256: str
@@ -47,6 +50,7 @@ class Evaluation:
     metrics: Mapping[str, float]
     bm25: Mapping[str, float]
     ann_recall: float
+    query_code: str = ""
     reused: bool = False
 
     @property
@@ -130,17 +134,22 @@ async def evaluate(
     it is the same for every embedding model.
     """
     stored = read_evaluation(store, manifest.sha256, eval_set.sha256)
-    if stored and stored.k == k and 0 <= _age_days(stored) <= max_age_days / 2:
+    if stored and (stored.k, stored.query_code) == (k, QUERY_CODE) and 0 <= _age_days(stored) <= max_age_days / 2:
         return stored
     retriever = await Retriever.open(store, manifest.snapshot_id)
+    encode: Encoder | None = None
     try:
-        vectors = await encode_queries(encoder(), eval_set)
+        encode = encoder()
+        require_fingerprint(encode, manifest.fingerprint)
+        vectors = await encode_queries(encode, eval_set)
         await retriever.warm_up()
         rows = await measure(retriever, vectors, eval_set, k=k, progress=progress)
         baseline = bm25 or summarise(await measure(retriever, None, eval_set, k=k, fusion=BM25_ALONE), k=k)
         recall = await ann_recall(retriever, vectors, k=k)
     finally:
         retriever.close()
+        if encode:
+            await encode.aclose()
     evaluation = Evaluation(
         snapshot_id=manifest.snapshot_id,
         manifest_sha256=manifest.sha256,
@@ -153,6 +162,7 @@ async def evaluate(
         metrics=summarise(rows, k=k),
         bm25=baseline,
         ann_recall=recall,
+        query_code=QUERY_CODE,
     )
     _write(store, evaluation, rows)
     return evaluation

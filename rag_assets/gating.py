@@ -15,7 +15,7 @@ from rag_serving.settings import Gate
 from rag_serving.store import Store
 from rag_serving.verdicts import RETRIEVAL_QUALITY, Verdict, read_verdict, write_verdict
 
-Status = Literal["champion", "passed", "refused", "inconclusive", "unjudged"]
+Status = Literal["champion", "passed", "refused", "inconclusive", "withdrawn", "unjudged"]
 _STATUS: Mapping[str, Status] = {"PASS": "passed", "FAIL": "refused", "INCONCLUSIVE": "inconclusive"}
 
 
@@ -30,19 +30,30 @@ class Standing:
 
 def standings(store: Store, evaluations: Sequence[Evaluation]) -> list[Standing]:
     """Each evaluated snapshot by what the ledger and its verdict say of it, best MRR first."""
-    live = Ledger(store).state().champion
+    state = Ledger(store).state()
+    live = state.champion
     found = []
     for evaluation in sorted(evaluations, key=best_first):
-        verdict = read_verdict(store, evaluation.snapshot_id, RETRIEVAL_QUALITY)
+        verdict = _given_verdict(store, evaluation)
         if live and live.snapshot_id == evaluation.snapshot_id:
-            found.append(
-                Standing(evaluation, "champion", f"release {live.number}; {verdict.summary if verdict else 'promoted by override'}")
-            )
+            summary = verdict.summary if verdict else "promoted by override"
+            found.append(Standing(evaluation, "champion", f"release {live.number}; {summary}"))
+        elif evaluation.snapshot_id in state.withdrawn:
+            found.append(Standing(evaluation, "withdrawn", "rolled back; promote it by name to try it again"))
         elif verdict is None:
-            found.append(Standing(evaluation, "unjudged", "no verdict yet"))
+            found.append(Standing(evaluation, "unjudged", "no verdict on this eval set yet"))
         else:
             found.append(Standing(evaluation, _STATUS[verdict.outcome], verdict.summary))
     return found
+
+
+def _given_verdict(store: Store, evaluation: Evaluation) -> Verdict | None:
+    """The verdict on this eval set; None when there is none or it cannot be trusted, as the next round gives it anew."""
+    try:
+        verdict = read_verdict(store, evaluation.snapshot_id, RETRIEVAL_QUALITY)
+    except PromotionRefused:
+        return None
+    return verdict if verdict and verdict.eval_set_sha256 == evaluation.eval_set_sha256 else None
 
 
 def best_first(evaluation: Evaluation) -> tuple[float, str]:
@@ -98,10 +109,15 @@ def release(
     """Judge every evaluated snapshot against the champion, best MRR first, and promote the first that passes and brings something.
 
     It brings something when nothing is live, when its corpus is another one than the champion's, or when its MRR is higher. Those after
-    it are judged against the new champion. `champion_evaluation` measures a live snapshot that is not among `evaluations`. Returns the
-    ledger entry of the promotion, None when nothing was promoted.
+    it are judged against the new champion. A snapshot that was rolled back is judged, but only promoted by name. `champion_evaluation`
+    measures a live snapshot that is not among `evaluations`.
+
+    Returns the ledger entry of the promotion, None when nothing was worth one. When a promotion was refused at the last moment (a hold, a
+    shrunk corpus, a damaged snapshot) and nothing else was promoted, raises PromotionRefused after everything has its verdict.
     """
     entry: Entry | None = None
+    refusal: PromotionRefused | None = None
+    withdrawn = Ledger(store).state().withdrawn
     known = {evaluation.snapshot_id: evaluation for evaluation in evaluations}
     for candidate in sorted(evaluations, key=best_first):
         live = Ledger(store).state().champion
@@ -110,6 +126,12 @@ def release(
             continue
         verdict = judge(store, candidate, champion, gate=gate)
         brings = champion is None or champion.corpus_sha256 != candidate.corpus_sha256 or candidate.mrr > champion.mrr
-        if verdict.outcome == "PASS" and brings and entry is None:
+        if verdict.outcome != "PASS" or not brings or entry or candidate.snapshot_id in withdrawn:
+            continue
+        try:
             entry = promote(store, candidate.snapshot_id, gate=gate, actor=actor, reason=verdict.summary)
+        except PromotionRefused as error:
+            refusal = refusal or error
+    if refusal and entry is None:
+        raise refusal
     return entry

@@ -9,7 +9,7 @@ from rag_assets.gating import Standing, standings
 from rag_assets.postgres import export, postgres
 from rag_assets.sources import open_source
 from rag_assets.workbench import Workbench
-from rag_serving.errors import PlatformError
+from rag_serving.errors import PlatformError, PromotionRefused
 from rag_serving.releases import Ledger, State
 
 _QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
@@ -19,7 +19,8 @@ _QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 class LineResult:
     """What a run of the line did: texts embedded, snapshots built (0 and 0 when nothing had changed), and where every snapshot stands.
 
-    `promoted` is the number of the ledger entry this run appended, None when it left the release as it was.
+    `promoted` is the number of the release this run made, None when it left the release as it was; `refusal` says what stopped a promotion
+    that the gate would have allowed, such as a hold.
     """
 
     standings: tuple[Standing, ...]
@@ -27,6 +28,7 @@ class LineResult:
     computed: int
     built: int
     promoted: int | None
+    refusal: PromotionRefused | None
 
 
 def run_line(bench: Workbench, models: Sequence[str]) -> LineResult:
@@ -37,38 +39,40 @@ def run_line(bench: Workbench, models: Sequence[str]) -> LineResult:
     for name in models:
         bench.settings.model(name)
     next(iter(open_source(bench.settings.corpus.source, root=bench.settings.root).files()), None)
-    before = Ledger(bench.store).last_number()
+    before = Ledger(bench.store).state().champion
     with postgres(bench.settings) as databases:
         os.environ.update(export(databases))
-        _execute_jobs(bench, models)
+        refusal = _execute_jobs(bench, models)
     found = standings(bench.store, steps.current_evaluations(bench, steps.load_eval_set(bench)))
     state = Ledger(bench.store).state()
-    promoted = state.number if state.number > before else None
-    return LineResult(tuple(found), state, bench.tally["embedded"], bench.tally["built"], promoted)
+    promoted = state.champion.number if state.champion and state.champion != before else None
+    return LineResult(tuple(found), state, bench.tally["embedded"], bench.tally["built"], promoted, refusal)
 
 
-def _execute_jobs(bench: Workbench, models: Sequence[str]) -> None:
+def _execute_jobs(bench: Workbench, models: Sequence[str]) -> PromotionRefused | None:
     import dagster as dg
+    from dagster._core.errors import DagsterAssetCheckFailedError
 
     from rag_assets.definitions import defs
 
     definitions = defs()
     build, promote = (definitions.resolve_job_def(name) for name in ("build_and_evaluate", "promote"))
-    with dg.DagsterInstance.get() as instance:
-        for name in models:
-            bench.reporter.note(f"── {name}")
+    try:
+        with dg.DagsterInstance.get() as instance:
+            for name in models:
+                bench.reporter.note(f"── {name}")
+                try:
+                    build.execute_in_process(run_config=_QUIET, instance=instance, partition_key=name, resources={"bench": bench})
+                except DagsterAssetCheckFailedError as error:
+                    if "mrr_floor" not in str(error):
+                        raise
+            bench.reporter.note("── release")
             try:
-                build.execute_in_process(run_config=_QUIET, instance=instance, partition_key=name, resources={"bench": bench})
-            except dg.DagsterError as error:
-                if not _evaluated(bench, name):
-                    raise PlatformError(
-                        f"the Dagster run for {name} failed: {error}", fix="Look at it in the Dagster UI: `make up`."
-                    ) from error
-        bench.reporter.note("── release")
-        promote.execute_in_process(run_config=_QUIET, instance=instance, resources={"bench": bench})
-
-
-def _evaluated(bench: Workbench, model_name: str) -> bool:
-    """Whether the evaluation is there, so that what failed was its blocking check on the MRR floor."""
-    evaluations = steps.current_evaluations(bench, steps.load_eval_set(bench))
-    return any(evaluation.embedding_model == model_name for evaluation in evaluations)
+                promote.execute_in_process(run_config=_QUIET, instance=instance, resources={"bench": bench})
+            except PromotionRefused as refusal:
+                return refusal
+    except dg.DagsterExecutionInterruptedError:
+        raise KeyboardInterrupt from None
+    except dg.DagsterError as error:
+        raise PlatformError(f"a Dagster run failed: {error}", fix="Look at it in the Dagster UI: `make up`.") from error
+    return None

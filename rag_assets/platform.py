@@ -21,6 +21,7 @@ from rich.console import Console
 
 from rag_assets.postgres import Databases, export, postgres
 from rag_serving.errors import PlatformError
+from rag_serving.ports import port_is_free
 from rag_serving.settings import Settings
 
 MARK = "HONCHO_PLATFORM"
@@ -51,17 +52,6 @@ def services(settings: Settings) -> tuple[Service, ...]:
         Service("embedder", "embedder", "RAGLINE_EMBEDDER_PORT", places.embedder_port, "/readyz"),
         Service("serving", "serving", "RAGLINE_SERVING_PORT", places.serving_port, "/livez"),
     )
-
-
-def port_is_free(host: str, port: int) -> bool:
-    """Whether a server could listen there now."""
-    with closing(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True
 
 
 def up(settings: Settings, *, console: Console, procfile: Path | None = None) -> int:

@@ -1,6 +1,7 @@
 """PostgreSQL for Dagster and MLflow: the server that RAGLINE_POSTGRES_URL names, or one from a wheel on this machine (cluster.py)."""
 
 import logging
+import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +13,11 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, SQLAlche
 
 from rag_assets.cluster import DRIVER, server
 from rag_serving.errors import PlatformError
-from rag_serving.settings import Settings
+from rag_serving.settings import CONFIG_NAME, Settings
 
 MLFLOW_LOCK = 0x7261676C  # advisory lock: one process at a time creates MLflow's tables
+# MLflow's own defaults retry an unreachable tracking server for minutes
+MLFLOW_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,12 @@ class Databases:
 
 
 def export(databases: Databases) -> dict[str, str]:
-    """The environment in which Dagster, MLflow and every `ragline` process below this one find the same databases."""
+    """The environment in which Dagster, MLflow and every `ragline` process below this one find the same databases.
+
+    How patient MLflow's client is stays as the environment already says, where it does.
+    """
     return {
+        **{name: os.environ.get(name, value) for name, value in MLFLOW_PATIENCE.items()},
         "RAGLINE_POSTGRES_URL": databases.dagster_url,
         "MLFLOW_TRACKING_URI": databases.mlflow_url,
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -43,8 +50,14 @@ def export(databases: Databases) -> dict[str, str]:
 def postgres(settings: Settings) -> Iterator[Databases]:
     """Both databases, ready for use; the embedded server runs at least as long as the block.
 
-    Raises PlatformError when the server does not start, does not answer or refuses a database.
+    Raises PlatformError when Dagster's configuration is not beside ragline.toml, or the server does not start, does not answer or refuses
+    a database.
     """
+    home = settings.root / "dagster_home"
+    if not (home / "dagster.yaml").is_file():
+        raise PlatformError(
+            f"no dagster.yaml in {home}.", fix=f"Run ragline in its checkout, or set RAGLINE_CONFIG to the {CONFIG_NAME} there."
+        )
     if settings.places.postgres_url is not None:
         yield _databases(settings, _given(settings.places.postgres_url.get_secret_value()))
         return

@@ -196,6 +196,9 @@ class FolderSource:
             found.extend(Path(where, name) for name in read)
         if not found:
             raise SourceError(f"{self.folder} holds no readable document.", fix=f"Put files ending in {', '.join(SUFFIXES)} there.")
+        for path in found:
+            if self._id_of(path).encode(errors="ignore").decode() != self._id_of(path):
+                raise SourceError(f"the file name {os.fsencode(path)!r} is not UTF-8.", fix="Rename it, or move it out of the source.")
         return sorted(found, key=self._id_of)
 
     def _id_of(self, path: Path) -> str:

@@ -1,17 +1,15 @@
 """What is live, as facts: the release, its metrics, what holds, and which snapshots stand ready."""
 
-import json
 import time
 from typing import Any
-from urllib.error import URLError
-from urllib.request import urlopen
 
+import httpx2
 from rich.console import Console
 from rich.markup import escape
 
 from rag_assets.evaluation import Evaluation, read_evaluation
 from rag_serving import promotion
-from rag_serving.errors import SnapshotError
+from rag_serving.errors import ConfigError, PromotionRefused, SnapshotError
 from rag_serving.releases import Entry, Ledger, Release, current_actor
 from rag_serving.settings import Settings
 from rag_serving.snapshots import Manifest, read_manifest, snapshot_ids
@@ -24,7 +22,7 @@ def describe(settings: Settings) -> dict[str, Any]:
     state = Ledger(store).state()
     snapshots = [_manifest_facts(read_manifest(store, snapshot_id)) for snapshot_id in snapshot_ids(store)]
     return {
-        "release": state.number,
+        "release": state.champion.number if state.champion else 0,
         "champion": _release_facts(store, state.champion) if state.champion else None,
         "previous": _release_facts(store, state.previous) if state.previous else None,
         "holds": [{"number": hold.number, "actor": hold.actor, "reason": hold.reason, "at": hold.at} for hold in state.holds],
@@ -76,6 +74,8 @@ def released_models(settings: Settings) -> tuple[str, ...]:
 
 def print_status(console: Console, facts: dict[str, Any]) -> None:
     champion = facts["champion"]
+    for hold in facts["holds"]:
+        console.print(f"[bold yellow]held[/] by {escape(hold['actor'])} since {hold['at']}: {escape(hold['reason'])}", highlight=False)
     if champion is None:
         console.print("Nothing is released yet. Make the first release with `ragline run`.")
         return
@@ -86,8 +86,6 @@ def print_status(console: Console, facts: dict[str, Any]) -> None:
     console.print(f"  {champion['documents']:,} documents, {champion['chunks']:,} chunks; {shown}", highlight=False)
     previous = facts["previous"]
     console.print(f"  previous: {previous['snapshot_id'] if previous else 'none'}", highlight=False)
-    for hold in facts["holds"]:
-        console.print(f"[bold yellow]held[/] by {escape(hold['actor'])} since {hold['at']}: {escape(hold['reason'])}", highlight=False)
 
 
 def promote_named(settings: Settings, named: str, *, override: bool, allow_shrink: bool, reason: str) -> Entry | None:
@@ -97,7 +95,14 @@ def promote_named(settings: Settings, named: str, *, override: bool, allow_shrin
 
     bench = Workbench(settings)
     if not named:
-        return steps.release_current(bench)
+        if override or allow_shrink or reason:
+            raise ConfigError(
+                "--override, --allow-shrink and --reason are for one snapshot.", fix="Name it: `ragline promote SNAPSHOT ...`."
+            )
+        entry = steps.release_current(bench)
+        if entry is None and Ledger(bench.store).state().champion is None:
+            raise PromotionRefused("no evaluated snapshot passes the gate.", fix="See why: `ragline run`.")
+        return entry
     snapshot_id = named
     if any(spec.name == named for spec in settings.models):
         current = steps.current_snapshot(bench, named)
@@ -115,16 +120,18 @@ def promote_named(settings: Settings, named: str, *, override: bool, allow_shrin
     )
 
 
-def follow(settings: Settings, number: int, *, patience_seconds: float = 5.0) -> float | None:
-    """Seconds until the serving process on this machine answered with release `number`; None when none is running or it did not follow."""
-    url = f"http://{settings.places.host}:{settings.places.serving_port}/v1/release"
+def follow(settings: Settings, number: int, *, patience_seconds: float = 5.0) -> tuple[float | None, str]:
+    """Seconds until the serving process on this machine answered with release `number`, and the same in words; None when it did not."""
+    host = "127.0.0.1" if settings.places.host == "0.0.0.0" else settings.places.host  # noqa: S104 - compared, not bound
     started = time.perf_counter()
-    while time.perf_counter() - started < patience_seconds:
-        try:
-            with urlopen(url, timeout=1) as reply:
-                if (json.loads(reply.read()).get("open") or {}).get("release") == number:
-                    return round(time.perf_counter() - started, 3)
-        except (URLError, OSError, ValueError):
-            return None
-        time.sleep(0.02)
-    return None
+    with httpx2.Client(base_url=f"http://{host}:{settings.places.serving_port}", trust_env=False, timeout=1) as client:
+        while time.perf_counter() - started < patience_seconds:
+            try:
+                opened = client.get("/v1/release").json().get("open") or {}
+            except (httpx2.TransportError, ValueError):
+                return None, "No server answers here; those that run elsewhere follow by themselves."
+            if opened.get("release") == number:
+                seconds = round(time.perf_counter() - started, 3)
+                return seconds, f"The running server followed after {seconds:.2f} s."
+            time.sleep(0.02)
+    return None, f"The running server did not follow within {patience_seconds:g} s: look at its /readyz."

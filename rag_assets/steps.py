@@ -84,7 +84,13 @@ def parse_documents(bench: Workbench) -> Table:
                 {**asdict(document), "metadata": json.dumps(dict(document.metadata), sort_keys=True)} for document in source.documents()
             ]
 
-    return derive(bench.store, "documents", made_from=fingerprint_of("documents-1", files.content_sha256), rows=rows, schema=DOCUMENTS)
+    return derive(
+        bench.store,
+        "documents",
+        made_from=fingerprint_of("documents-1", bench.settings.corpus.source, files.content_sha256),
+        rows=rows,
+        schema=DOCUMENTS,
+    )
 
 
 def split_chunks(bench: Workbench) -> Table:
@@ -127,14 +133,15 @@ def snapshot_corpus(bench: Workbench, model_name: str) -> BuiltSnapshot:
     table, chunks = read_table(bench.store, "chunks")
     embedded = embed_corpus(bench, model_name)
     champion = Ledger(bench.store).state().champion
+    spec = bench.settings.model(model_name)
     recipe = Recipe(
-        model=bench.settings.model(model_name),
+        model=spec,
         fingerprint=embedded.fingerprint,
         corpus_sha256=table.content_sha256,
         documents=_require(bench, "documents").rows,
         chunking=bench.settings.chunking.model_dump(),
         index=bench.settings.index,
-        retrieval=bench.settings.retrieval,
+        retrieval=bench.settings.retrieval.scaled(spec.dense_scale),
     )
     parent = champion.snapshot_id if champion else None
     build = build_snapshot(bench.store, recipe, chunks, embedded.texts.vectors, embedded.titles.vectors, parent=parent)

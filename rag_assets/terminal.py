@@ -14,7 +14,7 @@ from rag_assets.workbench import Bar
 from rag_serving.releases import Action, Entry
 from rag_serving.retrieval import Hit
 
-_COLOURS = {"champion": "green", "passed": "cyan", "refused": "red", "inconclusive": "yellow", "unjudged": "dim"}
+_COLOURS = {"champion": "green", "passed": "cyan", "refused": "red", "inconclusive": "yellow", "withdrawn": "yellow", "unjudged": "dim"}
 
 
 class TerminalReporter:

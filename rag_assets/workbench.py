@@ -49,7 +49,7 @@ class LogReporter:
 class Workbench:
     """Opened once a process and handed to each step. Models load on first use and stay loaded.
 
-    `tally` counts work really done: texts "embedded", snapshots "built", queries "evaluated".
+    `tally` counts work really done: texts "embedded" and snapshots "built".
     """
 
     def __init__(self, settings: Settings, *, store: Store | None = None, reporter: Reporter | None = None) -> None:

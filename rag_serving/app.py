@@ -24,6 +24,7 @@ from rag_serving.errors import RaglineError
 from rag_serving.limits import BodyLimit
 from rag_serving.live import Live
 from rag_serving.pipeline import Trace
+from rag_serving.ports import require_port
 from rag_serving.replies import QueryReply, ReleaseReply, RetrieveReply, query_reply, release_reply, retrieve_reply
 from rag_serving.settings import Settings
 from rag_serving.store import LocalStore, Store
@@ -270,7 +271,11 @@ def create_app(settings: Settings, *, store: Store | None = None, tracing: Trace
 
 
 def serve(settings: Settings, *, host: str, port: int) -> None:
-    """Run the service until SIGTERM or SIGINT; requests under way are finished first, for ten seconds at most."""
+    """Run the service until SIGTERM or SIGINT; requests under way are finished first, for ten seconds at most.
+
+    Raises PlatformError when the port is taken.
+    """
+    require_port(host, port, variable="RAGLINE_SERVING_PORT")
     uvicorn.run(
         create_app(settings), host=host, port=port, access_log=False, ws="none", timeout_keep_alive=75, timeout_graceful_shutdown=10
     )

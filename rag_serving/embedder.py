@@ -25,6 +25,7 @@ from rag_serving.batching import Bench, Overloaded
 from rag_serving.errors import RaglineError
 from rag_serving.limits import BodyLimit
 from rag_serving.models import EmbeddingModel, load_model
+from rag_serving.ports import require_port
 from rag_serving.settings import Settings
 
 Vectors = npt.NDArray[np.float32]
@@ -247,6 +248,10 @@ def _written(row: Vectors, encoding_format: str) -> list[float] | str:
 
 
 def serve(settings: Settings, *, models: Sequence[str], host: str, port: int) -> None:
-    """Run the service until SIGTERM or SIGINT; requests under way are finished first, for ten seconds at most."""
+    """Run the service until SIGTERM or SIGINT; requests under way are finished first, for ten seconds at most.
+
+    Raises PlatformError when the port is taken.
+    """
+    require_port(host, port, variable="RAGLINE_EMBEDDER_PORT")
     app = create_app(settings, preload=models)
     uvicorn.run(app, host=host, port=port, access_log=False, ws="none", timeout_keep_alive=75, timeout_graceful_shutdown=10)

@@ -57,6 +57,15 @@ def checked_vectors(vectors: npt.ArrayLike, *, count: int, dims: int, origin: st
     return unit
 
 
+def require_fingerprint(encoder: "Encoder", fingerprint: str) -> None:
+    """ModelMismatch unless the encoder is the model that the snapshot was built with: its vectors must never be searched there."""
+    if encoder.fingerprint != fingerprint:
+        raise ModelMismatch(
+            f"{encoder.model!r} has fingerprint {encoder.fingerprint[:12]}, the snapshot needs {fingerprint[:12]}.",
+            fix="Restore the model's row in ragline.toml, or build and release a new snapshot with it.",
+        )
+
+
 class LocalEncoder:
     """A model in this process, on one thread of its own, so that the event loop never waits for arithmetic."""
 

@@ -52,12 +52,11 @@ def fuse_scores(signals: Scores, weights: Mapping[str, float]) -> NDArray[np.flo
     return fused
 
 
-def fuse_ranks(signals: Scores, weights: Mapping[str, float]) -> NDArray[np.float64]:
-    """Reciprocal rank fusion (Cormack, Clarke and Buettcher 2009), k = 60, weighted; a candidate with BM25 score 0 gets nothing for it."""
-    fused: NDArray[np.float64] = np.zeros(len(next(iter(signals.values()))))
-    for name, values in signals.items():
-        ranks = np.empty(len(values))
-        ranks[np.argsort(-values, kind="stable")] = np.arange(1, len(values) + 1)
-        share = weights[name] / (_RRF_K + ranks)
-        fused += np.where(values > 0, share, 0.0) if name in LEXICAL else share
+def fuse_ranks(rows: NDArray[np.int64], found: Mapping[str, Mapping[int, float]], weights: Mapping[str, float]) -> NDArray[np.float64]:
+    """Reciprocal rank fusion (Cormack, Clarke and Buettcher 2009), k = 60, weighted: a signal adds nothing for a row it did not find."""
+    place = {row: at for at, row in enumerate(rows.tolist())}
+    fused: NDArray[np.float64] = np.zeros(len(rows))
+    for name, scores in found.items():
+        for rank, row in enumerate(sorted(scores, key=lambda row: (-scores[row], row)), start=1):
+            fused[place[row]] += weights[name] / (_RRF_K + rank)
     return fused

@@ -75,7 +75,7 @@ async def _found(serving: Serving, question: Question, *, top_k: int, trace: Tra
         {
             telemetry.SNAPSHOT_ID: serving.snapshot_id,
             telemetry.GENERATION: serving.number,
-            telemetry.RETRIEVED_CHUNKS: len(hits),
+            telemetry.RETRIEVED_CHUNKS: len(hits),  # on the root too, so that one query finds it
             telemetry.DEGRADED: tuple(degraded),
         }
     )

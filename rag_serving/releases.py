@@ -68,12 +68,16 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What the ledger says now. `line` is the promoted snapshots still in force, oldest first: a rollback removes from its end."""
+    """What the ledger says now. `line` is the promoted snapshots still in force, oldest first: a rollback removes from its end.
+
+    `withdrawn` are the snapshots that a rollback removed and nobody promoted again.
+    """
 
     number: int = 0
     line: tuple[Release, ...] = ()
     canary: Release | None = None
     holds: tuple[Entry, ...] = ()
+    withdrawn: frozenset[str] = frozenset()
 
     @property
     def champion(self) -> Release | None:
@@ -106,14 +110,16 @@ def _apply(state: State, entry: Entry) -> State:
     if entry.action is Action.CANARY:
         return replace(state, canary=release)
     if entry.action is Action.PROMOTE:
-        return replace(state, line=(*state.line, release), canary=None)
+        return replace(state, line=(*state.line, release), canary=None, withdrawn=state.withdrawn - {release.snapshot_id})
     kept = [index for index, past in enumerate(state.line[:-1]) if past.snapshot_id == release.snapshot_id]
     if not kept:
         raise ReleaseError(
             f"ledger entry {entry.number} rolls back to {release.snapshot_id}, which was not live before the champion.",
             fix="Restore the ledger from a backup.",
         )
-    return replace(state, line=(*state.line[: kept[-1]], replace(state.line[kept[-1]], number=entry.number)), canary=None)
+    line = (*state.line[: kept[-1]], replace(state.line[kept[-1]], number=entry.number))
+    withdrawn = state.withdrawn | {past.snapshot_id for past in state.line[kept[-1] + 1 :]} - {past.snapshot_id for past in line}
+    return replace(state, line=line, canary=None, withdrawn=withdrawn)
 
 
 class Ledger:

@@ -16,6 +16,8 @@ from rag_serving.snapshots import TABLE, Manifest, snapshot_key, verify
 from rag_serving.store import Store
 from rag_serving.wording import Candidate, word_evidence
 
+QUERY_CODE = "query-1"  # counts up when the same snapshot would be searched or ranked differently; evaluations are bound to it
+
 VECTOR_COLUMNS = {"dense_text": "vector", "dense_title": "title_vector"}
 TEXT_COLUMNS = {"bm25_text": "content", "bm25_title": "title"}
 _SHOWN = ("chunk_id", "doc_id", "uri", "title", "heading_path", "text", "start", "end")
@@ -91,14 +93,16 @@ class Retriever:
             raise QueryError("no retrieval signal is active.", fix="Give at least one of retrieval.weights a value above 0.")
         depth = max(fusion.candidates, k)
         found = await asyncio.gather(*(self._search(name, query, vector, depth) for name in weights))
-        rows, signals = align(dict(zip(weights, found, strict=True)), depth=depth)
+        lists = dict(zip(weights, found, strict=True))
+        rows, signals = align(lists, depth=depth)
         if not len(rows):
             return []
-        fused = (fuse_ranks if fusion.fusion == "rank" else fuse_scores)(signals, weights)
+        by_rank = fusion.fusion == "rank"
+        fused = fuse_ranks(rows, lists, weights) if by_rank else fuse_scores(signals, weights)
         order = np.lexsort((rows, -fused))
         fused, rows, signals = fused[order], rows[order], {name: values[order] for name, values in signals.items()}
         hits = await self._hits(rows[: max(k, fusion.wording.pool)], fused, signals)
-        return self._reworded(query, hits, fusion.wording)[:k]
+        return hits[:k] if by_rank else self._reworded(query, hits, fusion.wording)[:k]
 
     def _reworded(self, query: str, hits: list[Hit], wording: Wording) -> list[Hit]:
         """The best `pool` hits in the order of score plus word evidence; they stay above the rest."""

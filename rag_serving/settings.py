@@ -33,6 +33,9 @@ class ModelSpec(_Frozen):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 where the CPU computes it (amx_bf16, avx512_bf16), else float32."
     )
+    dense_scale: float = Field(
+        1.0, gt=0, description="What its cosines count for in fusion: more if they spread little, less if they say little."
+    )
 
 
 class Corpus(_Frozen):
@@ -75,9 +78,14 @@ class Wording(_Frozen):
 
 class Retrieval(_Frozen):
     candidates: int = Field(100, ge=10, le=1000, description="Hits asked of each signal before fusion.")
-    fusion: Literal["score", "rank"] = Field("score", description="score: weighted sum; rank: reciprocal rank fusion.")
+    fusion: Literal["score", "rank"] = Field("score", description="score: weighted sum, then wording; rank: reciprocal rank fusion alone.")
     weights: Weights = Weights()
     wording: Wording = Wording()
+
+    def scaled(self, dense_scale: float) -> "Retrieval":
+        """The same with the dense weights of a model whose cosines count `dense_scale` times."""
+        dense = {name: weight * dense_scale for name, weight in self.weights.model_dump().items() if name.startswith("dense_")}
+        return self.model_copy(update={"weights": self.weights.model_copy(update=dense)})
 
     @model_validator(mode="after")
     def _some_signal(self) -> "Retrieval":
@@ -222,7 +230,19 @@ def load_settings(config: Path | None = None, *, environ: Mapping[str, str] | No
         raise ConfigError(f"two models share a name in {path}: {sorted(names)}.", fix="Give each model its own name.")
     for name in settings.default_models:
         settings.model(name)
-    return settings
+    return settings.model_copy(update={"models": tuple(_placed(spec, settings.root) for spec in settings.models)})
+
+
+def _placed(spec: ModelSpec, root: Path) -> ModelSpec:
+    """The same with the folder of a `path:` source absolute."""
+    scheme, _, rest = spec.source.partition(":")
+    if scheme != "path":
+        return spec
+    try:
+        folder = root / Path(rest).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"model {spec.name!r} has source {spec.source!r}: {error}", fix="Write the folder without ~.") from None
+    return spec.model_copy(update={"source": f"path:{folder}"})
 
 
 def _read_table(path: Path, *, required: bool) -> dict[str, Any]:

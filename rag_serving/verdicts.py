@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Literal
 
 from rag_serving.errors import PromotionRefused
@@ -58,7 +58,3 @@ def read_verdict(store: Store, snapshot_id: str, gate: str) -> Verdict | None:
     if seal != _seal(fields):
         raise PromotionRefused(f"the {gate} verdict of {snapshot_id} was edited.", fix="Evaluate the snapshot again.")
     return verdict
-
-
-def now_text() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

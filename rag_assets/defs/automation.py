@@ -15,6 +15,7 @@ build_and_evaluate = dg.define_asset_job(
     selection=dg.AssetSelection.assets(source_files, documents, chunks, eval_set, embeddings, index_snapshot, retrieval_evaluation),
     partitions_def=MODELS,
     executor_def=dg.in_process_executor,
+    tags={"ragline/heavy": "true"},
     description="From the source to an evaluated snapshot, for one embedding model.",
 )
 

@@ -20,7 +20,10 @@ def production_release(bench: dg.ResourceParam[Workbench]) -> dg.MaterializeResu
     entry = steps.release_current(bench)
     live = Ledger(bench.store).state()
     rows = leaderboard_rows(standings(bench.store, steps.current_evaluations(bench, steps.load_eval_set(bench))))
-    facts: dict[str, Any] = {"release": live.number, "champion": live.champion.snapshot_id if live.champion else "none"}
+    facts: dict[str, Any] = {
+        "release": live.champion.number if live.champion else 0,
+        "champion": live.champion.snapshot_id if live.champion else "none",
+    }
     facts |= {"promoted": entry is not None, "standings": dg.MetadataValue.md(leaderboard_markdown(rows, k=bench.settings.eval.k))}
     return dg.MaterializeResult(metadata=facts)
 

@@ -10,7 +10,7 @@ from small_line import MODEL, build, days_ago, passages
 from evals.collections import EvalSet, Query
 from rag_assets.evaluation import BM25_ALONE, ann_recall, encode_queries, evaluate, measure, read_evaluation, read_rows, reciprocal_ranks
 from rag_serving.encoding import LocalEncoder
-from rag_serving.errors import SnapshotError, StoreError
+from rag_serving.errors import ModelMismatch, SnapshotError, StoreError
 from rag_serving.retrieval import Retriever
 from rag_serving.snapshots import snapshot_key
 
@@ -196,3 +196,22 @@ def test_a_deep_cutoff_is_filled(line):
     store, (*_, manifest) = line
     evaluation = asyncio.run(evaluate(store, manifest, EVAL_SET, Encoders(), k=100, max_age_days=7.0))
     assert {len(row["retrieved"]) for row in read_rows(store, evaluation)} == {100}
+
+
+def test_another_model_behind_the_name_is_never_measured(line):
+    """A model of the same name and dims with another fingerprint is refused before a query is searched, and nothing is stored."""
+    store, (manifest, *_) = line
+    other = replace(MODEL, fingerprint="0" * 64)
+    with pytest.raises(ModelMismatch, match="fingerprint"):
+        asyncio.run(evaluate(store, manifest, EVAL_SET, lambda: LocalEncoder(other), k=5, max_age_days=7.0))
+    assert read_evaluation(store, manifest.sha256, EVAL_SET.sha256) is None
+
+
+def test_an_evaluation_by_other_query_code_is_measured_again(measured, monkeypatch):
+    """A stored evaluation counts only for the code that searched and ranked."""
+    _, _, run, encoders = measured
+    run()
+    assert run().reused
+    monkeypatch.setattr("rag_assets.evaluation.QUERY_CODE", "query-next")
+    assert not run().reused
+    assert encoders.asked == 2

@@ -14,7 +14,7 @@ from rag_assets.evaluation import evaluate
 from rag_assets.gating import judge, release, standings
 from rag_serving.encoding import LocalEncoder
 from rag_serving.errors import PromotionRefused
-from rag_serving.promotion import hold, promote
+from rag_serving.promotion import hold, promote, rollback
 from rag_serving.releases import Ledger
 from rag_serving.settings import Gate, Retrieval, Weights
 from rag_serving.snapshots import hash_tree
@@ -131,7 +131,7 @@ def test_unjudged_is_said(gated):
     promote(store, strong.snapshot_id, gate=GATE, actor="tester", reason="first", override=True)
     assert [(each.status, each.reason) for each in standings(store, [weak, strong])] == [
         ("champion", "release 1; promoted by override"),
-        ("unjudged", "no verdict yet"),
+        ("unjudged", "no verdict on this eval set yet"),
     ]
 
 
@@ -171,3 +171,29 @@ def test_other_eval_set_is_no_comparison(gated, change):
     with pytest.raises(EvidenceError, match="another eval set or k"):
         judge(store, weak, replace(strong, **change), gate=GATE)
     assert read_verdict(store, weak.snapshot_id, RETRIEVAL_QUALITY) is None
+
+
+def test_a_rolled_back_snapshot_waits_to_be_promoted_by_name(gated):
+    """A release round does not bring back what was rolled back, and says so; promoting it by name ends that."""
+    store, strong, weak, larger = gated
+    round_of(store, strong)
+    round_of(store, strong, larger)
+    rollback(store, actor="tester", reason="users complain")
+    assert round_of(store, strong, weak, larger) is None
+    assert live(store) == strong.snapshot_id
+    assert {standing.evaluation.snapshot_id: standing.status for standing in standings(store, [strong, larger])} == {
+        strong.snapshot_id: "champion",
+        larger.snapshot_id: "withdrawn",
+    }
+    assert promote(store, larger.snapshot_id, gate=GATE, actor="tester", reason="tried again")
+    assert Ledger(store).state().withdrawn == frozenset()
+
+
+def test_a_hold_refuses_the_round_after_everything_was_judged(gated):
+    """Under a hold nothing is promoted, the refusal names it, and every snapshot has its verdict."""
+    store, strong, weak, _ = gated
+    hold(store, actor="keeper", reason="freeze")
+    with pytest.raises(PromotionRefused, match="freeze"):
+        round_of(store, strong, weak)
+    assert live(store) is None
+    assert [standing.status for standing in standings(store, [strong, weak])] == ["passed", "refused"]

@@ -14,9 +14,10 @@ import pytest
 from pydantic import SecretStr
 from rich.console import Console
 
-from rag_assets.platform import environment, port_is_free, services, up
+from rag_assets.platform import environment, services, up
 from rag_assets.postgres import Databases
 from rag_serving.errors import PlatformError
+from rag_serving.ports import port_is_free
 from rag_serving.settings import Places, Settings, load_settings
 
 REPOSITORY = Path(__file__).parents[2]
@@ -59,6 +60,8 @@ def root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("platform")
     (root / "answers.py").write_text(ANSWERS)
     (root / "stubborn.py").write_text(STUBBORN)
+    (root / "dagster_home").mkdir()
+    (root / "dagster_home/dagster.yaml").touch()
     return root
 
 

@@ -3,8 +3,10 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -30,6 +32,8 @@ with postgres(Settings(root=Path(sys.argv[1]), places=Places(home=Path("state"))
 
 
 def settings_of(root: Path, **places) -> Settings:
+    (root / "dagster_home").mkdir(exist_ok=True)
+    (root / "dagster_home/dagster.yaml").touch()
     return Settings(root=root, places=Places(home=Path("state"), **places))
 
 
@@ -57,7 +61,7 @@ def ask(url: str, statement: str) -> object:
 @pytest.fixture(scope="module")
 def first_uses(tmp_path_factory) -> tuple[Path, list[tuple[str, int]]]:
     """A root whose databases were first used by two processes at once, with what each printed and its exit code."""
-    root = tmp_path_factory.mktemp("platform")
+    root = settings_of(tmp_path_factory.mktemp("platform")).root
     processes = [using_process(root), using_process(root)]
     said = [process.stdout.readline().strip() for process in processes]
     return root, [(line, leave(process)) for line, process in zip(said, processes, strict=True)]
@@ -222,3 +226,40 @@ def test_other_urls_are_refused(tmp_path, url):
     """A URL of another database, or none, is refused before anything is connected to."""
     with pytest.raises(PlatformError, match="RAGLINE_POSTGRES_URL"), postgres(settings_of(tmp_path, postgres_url=SecretStr(url))):
         pass
+
+
+def test_missing_dagster_home_is_explained(tmp_path):
+    """Away from the checkout the error names the folder and RAGLINE_CONFIG in one line, and nothing is started or made."""
+    with pytest.raises(PlatformError, match="no dagster.yaml in") as refusal, postgres(Settings(root=tmp_path)):
+        pass
+    assert str(tmp_path / "dagster_home") in refusal.value.what
+    assert "RAGLINE_CONFIG" in refusal.value.fix
+    assert "\n" not in str(refusal.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc, whose modes nobody can change, root included")
+def test_parent_that_cannot_be_opened_is_explained():
+    """A folder above the database whose mode cannot be changed is a PlatformError with its name and the variable to set."""
+    with pytest.raises(PlatformError, match="cannot enter /proc/self/fd, .* cannot be changed: Operation not permitted") as refusal:
+        cluster._open_parents(Path("/proc/self/fd/postgres"))
+    assert "RAGLINE_HOME" in refusal.value.fix
+
+
+def test_silent_tracking_server_does_not_stall(tmp_path, monkeypatch):
+    """With what is exported, MLflow's client gives up on a server that accepts and never answers within seconds, not minutes."""
+    import mlflow
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        tracking = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in export(Databases(dagster_url="", mlflow_url=tracking, dagster_home=tmp_path)).items():
+            if name.startswith("MLFLOW_HTTP"):
+                monkeypatch.setenv(name, value)
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+        assert export(Databases("", tracking, tmp_path))["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "1"
+        started = time.monotonic()
+        with pytest.raises(mlflow.MlflowException):
+            mlflow.MlflowClient(tracking_uri=tracking).search_experiments()
+        assert time.monotonic() - started < 10

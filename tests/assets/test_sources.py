@@ -3,6 +3,8 @@
 import gzip
 import hashlib
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -212,3 +214,26 @@ def test_markdown_heading_offsets():
     """Offsets point at the heading's line whatever the line ends, and setext headings count."""
     text = "intro\r\n\r\n# One\r\nx\r\n\r\nTwo `c`\r\n-------\r\n"
     assert [(text[at : at + 3], level, title) for at, level, title in markdown_headings(text)] == [("# O", 1, "One"), ("Two", 2, "Two c")]
+
+
+@pytest.mark.parametrize("field", ["id", "title", "text", "url"])
+@pytest.mark.parametrize(("name", "address"), [("docs.jsonl", "jsonl:docs.jsonl"), ("corpus.jsonl", "beir:.")])
+def test_half_a_character_is_refused_by_line(tmp_path, name, address, field):
+    """A lone surrogate, which no file can store, is a SourceError with file, line and escape; a whole pair is a character."""
+    whole = {"_id": "a", "text": "\U0001f600"}
+    write_lines(tmp_path / name, whole)
+    assert read(address, tmp_path)["a"].text == "\U0001f600"
+    broken = {"_id": "b", "text": "x", field.replace("id", "_id"): "x \ud800"}
+    write_lines(tmp_path / name, whole, broken)
+    with pytest.raises(SourceError, match=rf"{name}, line 2: half a character, .ud800") as raised:
+        read(address, tmp_path)
+    str(raised.value).encode()
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems take UTF-8 names only")
+def test_file_name_that_is_not_utf8_is_refused(tmp_path):
+    """A file whose name is not UTF-8, and so can be no id, is a SourceError that can itself be printed."""
+    (tmp_path / os.fsdecode(b"caf\xe9.md")).write_text("# a")
+    with pytest.raises(SourceError, match="is not UTF-8") as raised:
+        read("folder:.", tmp_path)
+    str(raised.value).encode()

@@ -108,6 +108,7 @@ def test_beir_keeps_judged_queries_and_counts_the_rest(tmp_path, tiny):
         ("queries.jsonl", '{"_id": "q1", "text": "x"}\n{oops\n', r"queries\.jsonl, line 2: not valid JSON"),
         ("queries.jsonl", '{"_id": "q1", "text": "x"}\n{"_id": "q1", "text": "y"}\n', "'q1' on lines 1 and 2"),
         ("queries.jsonl", '{"_id": "q1", "text": " "}\n', "line 1: no usable query"),
+        ("queries.jsonl", '{"_id": "q1", "text": "x"}\n{"_id": "q2", "text": "\\ud800"}\n', r"line 2: half a character, .ud800"),
         ("queries.jsonl", '{"_id": "q1", "text": "x"}\n', "judges 1 queries that"),
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\td1\n", r"test\.tsv, line 2"),
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\td1\t0\n", "judged otherwise above"),

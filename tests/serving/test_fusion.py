@@ -8,7 +8,18 @@ from hypothesis import strategies as st
 from rag_serving.fusion import DENSE, LEXICAL, TITLE, align, effective_weights, fuse_ranks, fuse_scores, title_distinctness
 
 SIGNALS = (*DENSE, *LEXICAL)
-FUSIONS = pytest.mark.parametrize("fuse", [fuse_scores, fuse_ranks])
+
+
+def by_rank(signals, weights):
+    """Rank fusion of signals that found every candidate, or for BM25 those with a score."""
+    rows = np.arange(len(next(iter(signals.values()))))
+    found = {
+        name: {row: value for row, value in enumerate(values.tolist()) if name in DENSE or value > 0} for name, values in signals.items()
+    }
+    return fuse_ranks(rows, found, weights)
+
+
+FUSIONS = pytest.mark.parametrize("fuse", [fuse_scores, by_rank])
 EXAMPLES = settings(max_examples=60, deadline=None)
 cosines = st.floats(-1, 1, width=32)
 bm25 = st.one_of(st.just(0.0), st.floats(0.0625, 64, width=32))
@@ -69,7 +80,7 @@ def test_ranks_ignore_the_scale_of_a_signal(case):
     """Rank fusion sees order alone: doubling a signal changes nothing."""
     signals, weights = case
     doubled = {name: values * 2 for name, values in signals.items()}
-    assert np.array_equal(fuse_ranks(doubled, weights), fuse_ranks(signals, weights))
+    assert np.array_equal(by_rank(doubled, weights), by_rank(signals, weights))
 
 
 @EXAMPLES
@@ -136,3 +147,9 @@ def test_weights_of_titles_shrink_with_distinctness():
     assert effective_weights(weights, 1.0) == weights
     assert effective_weights(weights, 0.25) == {name: 0.5 if name in TITLE else 2.0 for name in SIGNALS}
     assert effective_weights({**weights, "dense_text": 0.0}, 0.0) == {"bm25_text": 2.0}
+
+
+def test_ranks_give_nothing_for_what_a_signal_did_not_find():
+    """Reciprocal rank fusion of two lists by hand: 1 / (60 + rank) from each list that holds the row."""
+    fused = fuse_ranks(np.array([3, 5, 8]), {"dense_text": {5: 0.9, 3: 0.1}, "bm25_text": {8: 4.0}}, {"dense_text": 1.0, "bm25_text": 2.0})
+    np.testing.assert_allclose(fused, [1 / 62, 1 / 61, 2 / 61])

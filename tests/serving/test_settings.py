@@ -6,7 +6,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from rag_serving.errors import ConfigError
-from rag_serving.settings import Places, Settings, load_settings
+from rag_serving.settings import Places, Retrieval, Settings, load_settings
 
 MODELS = '[[models]]\nname = "small"\nsource = "hashing:64"\ndims = 64\nmax_tokens = 64\n'
 
@@ -138,3 +138,25 @@ def test_everything_is_frozen(load):
         name = next(iter(type(part).model_fields))
         with pytest.raises(ValidationError, match="frozen"):
             setattr(part, name, getattr(part, name))
+
+
+def test_a_dense_scale_changes_dense_weights_alone():
+    """A model's dense_scale multiplies what its cosines count for, and nothing else."""
+    scaled = Retrieval().scaled(0.5)
+    assert scaled.weights.dense_text == Retrieval().weights.dense_text / 2
+    assert scaled.weights.dense_title == Retrieval().weights.dense_title / 2
+    assert (scaled.weights.bm25_text, scaled.wording) == (Retrieval().weights.bm25_text, Retrieval().wording)
+    assert Retrieval().scaled(1.0) == Retrieval()
+
+
+def test_model_folders_are_relative_to_the_file(load, tmp_path, monkeypatch):
+    """A relative path: source starts at the folder of ragline.toml wherever ragline runs; ~ is the home; other sources stay."""
+    row = '[[models]]\nname = "{}"\nsource = "{}"\ndims = 64\nmax_tokens = 64\n'
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    sources = {"near": "path:models/a", "far": "path:/models/a", "mine": "path:~/a", "none": "hashing:64"}
+    settings = load("".join(row.format(name, source) for name, source in sources.items()))
+    assert [spec.source for spec in settings.models] == [f"path:{tmp_path}/models/a", "path:/models/a", "path:/home/me/a", "hashing:64"]
+    with pytest.raises(ConfigError, match="model 'lost' has source 'path:~nobody-here/a'"):
+        load(row.format("lost", "path:~nobody-here/a"))
