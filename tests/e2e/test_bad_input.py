@@ -62,12 +62,15 @@ def test_an_unknown_key_names_the_nearest(ragline, tmp_path):
 
 
 def test_a_taken_port_is_named(ragline, tmp_path):
-    """`ragline up` names the port that is taken and the variable that changes it, and starts nothing."""
+    """`ragline up`, `serve` and `embedder` name the port that is taken and the variable that changes it, and start nothing."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        refused(ragline(tmp_path / "home", "up", RAGLINE_SERVING_PORT=str(port)), says="RAGLINE_SERVING_PORT")
+        free = {f"RAGLINE_{name}_PORT": "0" for name in ("DAGSTER", "MLFLOW", "EMBEDDER")}
+        refused(ragline(tmp_path / "home", "up", RAGLINE_SERVING_PORT=str(port), **free), says="RAGLINE_SERVING_PORT")
+        refused(ragline(tmp_path / "home", "serve", RAGLINE_SERVING_PORT=str(port)), says="RAGLINE_SERVING_PORT")
+        refused(ragline(tmp_path / "home", "embedder", RAGLINE_EMBEDDER_PORT=str(port)), says="RAGLINE_EMBEDDER_PORT")
 
 
 def test_an_unreachable_postgres_is_one_line(ragline, tmp_path):
