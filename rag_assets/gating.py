@@ -10,7 +10,7 @@ from evals.significance import EvidenceError
 from rag_assets.evaluation import Evaluation, reciprocal_ranks
 from rag_serving.errors import PromotionRefused
 from rag_serving.promotion import promote
-from rag_serving.releases import Entry, Ledger
+from rag_serving.releases import Entry, Ledger, Release
 from rag_serving.settings import Gate
 from rag_serving.store import Store
 from rag_serving.verdicts import RETRIEVAL_QUALITY, Verdict, read_verdict, write_verdict
@@ -34,17 +34,21 @@ def standings(store: Store, evaluations: Sequence[Evaluation]) -> list[Standing]
     live = state.champion
     found = []
     for evaluation in sorted(evaluations, key=best_first):
-        verdict = _given_verdict(store, evaluation)
         if live and live.snapshot_id == evaluation.snapshot_id:
-            summary = verdict.summary if verdict else "promoted by override"
-            found.append(Standing(evaluation, "champion", f"release {live.number}; {summary}"))
+            found.append(Standing(evaluation, "champion", f"release {live.number}; {_grounds(live)}"))
         elif evaluation.snapshot_id in state.withdrawn:
             found.append(Standing(evaluation, "withdrawn", "rolled back; promote it by name to try it again"))
-        elif verdict is None:
+        elif (verdict := _given_verdict(store, evaluation)) is None:
             found.append(Standing(evaluation, "unjudged", "no verdict on this eval set yet"))
         else:
             found.append(Standing(evaluation, _STATUS[verdict.outcome], verdict.summary))
     return found
+
+
+def _grounds(live: Release) -> str:
+    """What the promotion of the live snapshot rested on, by its ledger entry."""
+    verdict = live.evidence.get("verdict")
+    return "promoted by override" if live.evidence.get("override") or not verdict else str(verdict["summary"])
 
 
 def _given_verdict(store: Store, evaluation: Evaluation) -> Verdict | None:
