@@ -154,19 +154,25 @@ def search(query: str, top_k: Annotated[int, typer.Option(min=1, max=50)] = 5, a
 
 @app.command()
 def compare(
-    folder: Path, models: Annotated[str, typer.Option(help="Comma-separated model names, or all.")] = "all", as_json: Json = False
+    folder: Path,
+    models: Annotated[str, typer.Option(help="Comma-separated model names, or all.")] = "all",
+    plot: Annotated[Path | None, typer.Option(help="Also draw MRR with its intervals into this file (.png, .svg).")] = None,
+    as_json: Json = False,
 ) -> None:
     """Which embedding model is best for a BEIR-layout folder? The release is not touched."""
-    from evals.reports import leaderboard_json, leaderboard_table
+    from evals.reports import leaderboard_json, leaderboard_table, mrr_plot
     from rag_assets.compare import compare as run_comparison
     from rag_assets.terminal import TerminalReporter
 
     settings = load_settings()
+    k = settings.eval.k
     rows = run_comparison(settings, folder, models=_names(settings, models), reporter=TerminalReporter(errors))
+    if plot:
+        mrr_plot(rows, plot, k=k)
     if as_json:
-        print_json({"rows": leaderboard_json(rows, k=settings.eval.k)})
+        print_json({"rows": leaderboard_json(rows, k=k)})
     else:
-        console.print(leaderboard_table(rows, k=settings.eval.k))
+        console.print(leaderboard_table(rows, k=k))
 
 
 @app.command()

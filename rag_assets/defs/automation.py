@@ -9,6 +9,7 @@ from rag_assets.defs.evaluation import eval_set, model_leaderboard, retrieval_ev
 from rag_assets.defs.index import embeddings, index_snapshot
 from rag_assets.defs.release import production_release
 from rag_assets.defs.resources import MODELS, SETTINGS
+from rag_assets.status import released_models
 
 build_and_evaluate = dg.define_asset_job(
     "build_and_evaluate",
@@ -29,7 +30,7 @@ promote = dg.define_asset_job(
 
 @dg.schedule(job=build_and_evaluate, cron_schedule="0 4 * * 1", default_status=dg.DefaultScheduleStatus.RUNNING)
 def weekly_drift(context: dg.ScheduleEvaluationContext) -> Iterator[dg.RunRequest]:
-    """Every Monday at 04:00: measure each model in use again, so that a falling MRR is seen within a week."""
+    """Every Monday at 04:00: measure the default models and the released ones again, so that a falling MRR is seen within a week."""
     week = context.scheduled_execution_time.strftime("%G-W%V")
-    for name in SETTINGS.default_models:
+    for name in dict.fromkeys((*SETTINGS.default_models, *released_models(SETTINGS))):
         yield dg.RunRequest(run_key=f"{name}-{week}", partition_key=name)
