@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evals.reports import LeaderboardRow
-from rag_assets import steps
+from rag_assets import ingestion, steps
 from rag_assets.corpus import fingerprint_of
 from rag_assets.leaderboard import baseline_rows
 from rag_assets.workbench import Reporter, Workbench
@@ -31,10 +31,10 @@ def compare(settings: Settings, folder: Path, *, models: Sequence[str], reporter
     )
     scratch = LocalStore(settings.home / "compare" / fingerprint_of(address)[:16])
     bench = Workbench(chosen, store=scratch, reporter=reporter)
-    steps.list_source_files(bench)
-    steps.parse_documents(bench)
+    ingestion.list_source_files(bench)
+    ingestion.parse_documents(bench)
     eval_set = steps.load_eval_set(bench)
-    steps.split_chunks(bench)
+    ingestion.split_chunks(bench)
     rows: list[LeaderboardRow] = []
     evaluations = []
     for name in models:

@@ -1,20 +1,19 @@
-"""The steps from a source to an evaluated snapshot, each a plain function of a workbench. Dagster assets and `ragline compare` call these."""
+"""From chunks to an evaluated and released snapshot: steps as plain functions of a workbench, called by assets and `ragline compare`."""
 
 import asyncio
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
 from evals.collections import EvalSet, open_eval_set
-from rag_assets.chunking import chunk_documents
-from rag_assets.corpus import CHUNKS, DOCUMENTS, SOURCE_FILES, Table, current_table, derive, fingerprint_of, read_table
+from rag_assets.corpus import read_table
 from rag_assets.embedding import Embedded, embed
 from rag_assets.evaluation import Evaluation, evaluate, read_evaluation
 from rag_assets.gating import release
 from rag_assets.indexing import Health, Recipe, build_snapshot
-from rag_assets.sources import Document, open_source
+from rag_assets.ingestion import document_ids, require_table
 from rag_assets.tracking import TrackedRun, try_track
 from rag_assets.workbench import Workbench
 from rag_serving.encoding import LocalEncoder
@@ -66,52 +65,6 @@ class Measured:
     tracked: TrackedRun | None
 
 
-def list_source_files(bench: Workbench) -> Table:
-    address = bench.settings.corpus.source
-    files = [asdict(file) for file in open_source(address, root=bench.settings.root).files()]
-    return derive(
-        bench.store, "source_files", made_from=fingerprint_of("source-files-1", address, files), rows=lambda: files, schema=SOURCE_FILES
-    )
-
-
-def parse_documents(bench: Workbench) -> Table:
-    files = _require(bench, "source_files")
-    source = open_source(bench.settings.corpus.source, root=bench.settings.root)
-
-    def rows() -> list[dict[str, object]]:
-        with bench.reporter.bar("reading documents"):
-            return [
-                {**asdict(document), "metadata": json.dumps(dict(document.metadata), sort_keys=True)} for document in source.documents()
-            ]
-
-    return derive(
-        bench.store,
-        "documents",
-        made_from=fingerprint_of("documents-1", bench.settings.corpus.source, files.content_sha256),
-        rows=rows,
-        schema=DOCUMENTS,
-    )
-
-
-def split_chunks(bench: Workbench) -> Table:
-    documents, rows = read_table(bench.store, "documents")
-    chunking = bench.settings.chunking
-    sizing = bench.settings.model(sizing_model(bench))
-    made_from = fingerprint_of("chunks-1", documents.content_sha256, chunking.model_dump(), sizing.source)
-
-    def chunks() -> list[dict[str, object]]:
-        parsed = [Document(**{**row, "metadata": json.loads(row["metadata"])}) for row in rows.to_pylist()]
-        tokenizer = bench.model(sizing.name).tokenizer
-        return [asdict(chunk) for chunk in chunk_documents(parsed, max_tokens=chunking.max_tokens, tokenizer=tokenizer)]
-
-    return derive(bench.store, "chunks", made_from=made_from, rows=chunks, schema=CHUNKS)
-
-
-def sizing_model(bench: Workbench) -> str:
-    """The default embedding model, whose tokens size the chunks."""
-    return (bench.settings.default_models or tuple(spec.name for spec in bench.settings.models))[0]
-
-
 def embed_corpus(bench: Workbench, model_name: str) -> EmbeddedCorpus:
     """Embed every chunk and every title that the store does not have yet."""
     _, chunks = read_table(bench.store, "chunks")
@@ -138,7 +91,7 @@ def snapshot_corpus(bench: Workbench, model_name: str) -> BuiltSnapshot:
         model=spec,
         fingerprint=embedded.fingerprint,
         corpus_sha256=table.content_sha256,
-        documents=_require(bench, "documents").rows,
+        documents=require_table(bench, "documents").rows,
         chunking=bench.settings.chunking.model_dump(),
         index=bench.settings.index,
         retrieval=bench.settings.retrieval.scaled(spec.dense_scale),
@@ -168,11 +121,6 @@ def load_eval_set(bench: Workbench) -> EvalSet:
     return eval_set
 
 
-def document_ids(bench: Workbench) -> frozenset[str]:
-    _, documents = read_table(bench.store, "documents")
-    return frozenset(documents["doc_id"].to_pylist())
-
-
 def evaluate_snapshot(bench: Workbench, manifest: Manifest, eval_set: EvalSet) -> Evaluation:
     """Measure a snapshot with its own embedding model, or return the stored evaluation while it is fresh."""
     model_name = manifest.embedding_model
@@ -193,7 +141,7 @@ def evaluate_snapshot(bench: Workbench, manifest: Manifest, eval_set: EvalSet) -
 
 def current_evaluations(bench: Workbench, eval_set: EvalSet) -> list[Evaluation]:
     """Evaluations of the current corpus on this eval set, one a configured model at most: the comparable rows of the leaderboard."""
-    chunks = _require(bench, "chunks")
+    chunks = require_table(bench, "chunks")
     manifests = [manifest for spec in bench.settings.models if (manifest := current_snapshot(bench, spec.name))]
     comparable = [manifest for manifest in manifests if manifest.corpus_sha256 == chunks.content_sha256]
     found = [read_evaluation(bench.store, manifest.sha256, eval_set.sha256) for manifest in comparable]
@@ -219,7 +167,3 @@ def release_current(bench: Workbench) -> Entry | None:
         actor=current_actor(bench.settings.places.actor),
         champion_evaluation=lambda snapshot_id: evaluate_snapshot(bench, read_manifest(bench.store, snapshot_id), eval_set),
     )
-
-
-def _require(bench: Workbench, name: str) -> Table:
-    return current_table(bench.store, name) or read_table(bench.store, name)[0]

@@ -10,7 +10,7 @@ from evals.bench.figures import Figure
 from evals.bench.rig import Rig
 from evals.collections import EvalSet
 from evals.metrics import summarise
-from rag_assets import steps
+from rag_assets import ingestion, steps
 from rag_assets.evaluation import BM25_ALONE, DENSE_ALONE, measure
 from rag_assets.workbench import Workbench
 from rag_serving.retrieval import Retriever
@@ -41,7 +41,7 @@ async def _collection(rig: Rig, folder: Path, *, most: int) -> list[Figure]:
     )
 
     def snapshot() -> tuple[str, EvalSet]:
-        for step in (steps.list_source_files, steps.parse_documents, steps.split_chunks):
+        for step in (ingestion.list_source_files, ingestion.parse_documents, ingestion.split_chunks):
             step(bench)
         return steps.snapshot_corpus(bench, rig.model_name).manifest.snapshot_id, steps.load_eval_set(bench)
 

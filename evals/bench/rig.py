@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from rag_assets import steps
+from rag_assets import ingestion, steps
 from rag_assets.corpus import CHUNKS, read_table
 from rag_assets.indexing import Recipe, build_snapshot
 from rag_assets.workbench import Reporter, Workbench
@@ -90,7 +90,7 @@ class Rig:
 
     def chunk_texts(self) -> list[str]:
         """The distinct embedded texts of the corpus, in order."""
-        for step in (steps.list_source_files, steps.parse_documents, steps.split_chunks):
+        for step in (ingestion.list_source_files, ingestion.parse_documents, ingestion.split_chunks):
             step(self.workbench)
         _, chunks = read_table(self.workbench.store, "chunks")
         titles, texts = chunks["title"].to_pylist(), chunks["text"].to_pylist()

@@ -5,7 +5,7 @@ from typing import Any
 
 import dagster as dg
 
-from rag_assets import steps
+from rag_assets import ingestion
 from rag_assets.contracts import CONTRACTS, Expectation, check_contract
 from rag_assets.corpus import Table, read_table
 from rag_assets.workbench import Workbench
@@ -19,19 +19,19 @@ def _result(table: Table, **metadata: Any) -> dg.MaterializeResult:
 @dg.asset(group_name="corpus", kinds={"file"}, code_version="1")
 def source_files(bench: dg.ResourceParam[Workbench]) -> dg.MaterializeResult:
     """The files of the configured source, with hash and size."""
-    return _result(steps.list_source_files(bench), source=bench.settings.corpus.source)
+    return _result(ingestion.list_source_files(bench), source=bench.settings.corpus.source)
 
 
 @dg.asset(group_name="corpus", kinds={"parquet"}, code_version="1", deps=[source_files])
 def documents(bench: dg.ResourceParam[Workbench]) -> dg.MaterializeResult:
     """One parsed text per document, with title, uri and metadata."""
-    return _result(steps.parse_documents(bench))
+    return _result(ingestion.parse_documents(bench))
 
 
 @dg.asset(group_name="corpus", kinds={"parquet"}, code_version="1", deps=[documents])
 def chunks(bench: dg.ResourceParam[Workbench]) -> dg.MaterializeResult:
     """Passages of the documents, with exact character spans, sized for the default embedding model."""
-    return _result(steps.split_chunks(bench), max_tokens=bench.settings.chunking.max_tokens)
+    return _result(ingestion.split_chunks(bench), max_tokens=bench.settings.chunking.max_tokens)
 
 
 def _contract(table_name: str, asset: dg.AssetsDefinition) -> dg.AssetChecksDefinition:

@@ -6,7 +6,7 @@ import pytest
 from conftest import DATASETS, ROOT
 
 from evals.metrics import summarise
-from rag_assets import steps
+from rag_assets import ingestion, steps
 from rag_assets.evaluation import BM25_ALONE, DENSE_ALONE, encode_queries, measure
 from rag_assets.workbench import Workbench
 from rag_serving.encoding import LocalEncoder
@@ -25,7 +25,7 @@ def test_scifact_agrees_with_published_scores(tmp_path):
     settings = load_settings(ROOT / "ragline.toml", environ={"RAGLINE_CORPUS": address, "RAGLINE_EVAL_SET": address})
     settings = settings.model_copy(update={"chunking": Chunking(max_tokens=8192)})
     bench = Workbench(settings, store=LocalStore(tmp_path))
-    for step in (steps.list_source_files, steps.parse_documents, steps.split_chunks):
+    for step in (ingestion.list_source_files, ingestion.parse_documents, ingestion.split_chunks):
         step(bench)
     eval_set = steps.load_eval_set(bench)
     manifest = steps.snapshot_corpus(bench, "all-MiniLM-L6-v2").manifest

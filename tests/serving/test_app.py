@@ -367,11 +367,14 @@ def test_questions_at_once_are_not_mixed_up(tmp_path):
     queries = [{"query": f"zebra{number}", "top_k": 3} for number in range(50)]
 
     async def ask_all(url: str) -> tuple[list[httpx2.Response], list[httpx2.Response]]:
-        async with httpx2.AsyncClient(base_url=url, trust_env=False, timeout=20) as client:
+        async with httpx2.AsyncClient(base_url=url, trust_env=False, timeout=90) as client:
             alone = [await client.post("/v1/retrieve", json=query) for query in queries]
             return alone, await asyncio.gather(*(client.post("/v1/retrieve", json=query) for query in queries))
 
-    with embedding(settings_for(tmp_path)) as url, serving(settings_for(tmp_path, embedder_url=url), store) as client:
+    with (
+        embedding(settings_for(tmp_path)) as url,
+        serving(settings_for(tmp_path, embedder_url=url, encode_timeout_seconds=60), store) as client,
+    ):
         alone, together = asyncio.run(ask_all(str(client.base_url)))
+    assert not any(reply.json()["degraded"] for reply in (*alone, *together))
     assert [reply.json()["hits"] for reply in alone] == [reply.json()["hits"] for reply in together]
-    assert not any(reply.json()["degraded"] for reply in together)

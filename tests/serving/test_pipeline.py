@@ -68,7 +68,7 @@ def test_unusable_vectors_are_done_without(store, tmp_path, vector):
 
 def test_slow_embedder_costs_its_timeout_at_most(store, tmp_path):
     """A hanging embedding service delays an answer by serving.encode_timeout_seconds (1 s here), no longer."""
-    with running(embedder(None)) as url, serving(settings_for(tmp_path, embedder_url=url), store) as client:
+    with running(embedder(None)) as url, serving(settings_for(tmp_path, embedder_url=url, encode_timeout_seconds=1.0), store) as client:
         started = time.perf_counter()
         assert client.post("/v1/query", json=ASK).json()["degraded"] == ["embedding"]
         assert time.perf_counter() - started < 1.4
