@@ -1,4 +1,4 @@
-# make run [MODELS=a,b]   make up   make test   make check   make bench   make clean
+# make run [MODELS=a,b]   make up   make test   make heavy   make check   make bench   make clean
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$python && break; done)
 MODELS ?=
@@ -8,12 +8,13 @@ CPU_TORCH = import json, platform, sys; t = [i for i in json.load(sys.stdin)["in
 	v = t[0]["metadata"]["version"] if t else "+cpu"; \
 	sys.exit(sys.platform == "linux" and platform.machine() == "x86_64" and not v.endswith("+cpu"))
 
-.PHONY: run up test check bench clean help
+.PHONY: run up test heavy check bench clean help
 
 help:
 	@echo 'make run     build, measure, gate and release the sample corpus: ends with a table of MRR per model (MODELS=a,b picks models)'
 	@echo 'make up      the whole platform: Dagster, MLflow, the embedding service, the query service; Ctrl-C stops it'
 	@echo 'make test    the tests'
+	@echo 'make heavy   the tests that take minutes, with the figures they measure'
 	@echo 'make check   lint, format, types, layers and dependencies'
 	@echo 'make bench   measured comparisons'
 	@echo 'make clean   remove .venv and caches; built snapshots and the database in .ragline stay'
@@ -26,6 +27,9 @@ up: $(INSTALLED)
 
 test: $(INSTALLED)
 	.venv/bin/python -m pytest
+
+heavy: $(INSTALLED)
+	.venv/bin/python -m pytest -m heavy -rA
 
 check: $(INSTALLED)
 	.venv/bin/ruff check
