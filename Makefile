@@ -8,7 +8,7 @@ CPU_TORCH = import json, platform, sys; t = [i for i in json.load(sys.stdin)["in
 	v = t[0]["metadata"]["version"] if t else "+cpu"; \
 	sys.exit(sys.platform == "linux" and platform.machine() == "x86_64" and not v.endswith("+cpu"))
 
-.PHONY: run up test heavy check bench clean help
+.PHONY: run up test heavy check bench screenshots clean help
 
 help:
 	@echo 'make run     build, measure, gate and release the sample corpus: ends with a table of MRR per model (MODELS=a,b picks models)'
@@ -17,6 +17,7 @@ help:
 	@echo 'make heavy   the tests that take minutes, with the figures they measure'
 	@echo 'make check   lint, format, types, layers and dependencies'
 	@echo 'make bench   measured comparisons'
+	@echo 'make screenshots   the pictures in docs/images, from a running Dagster UI'
 	@echo 'make clean   remove .venv and caches; built snapshots and the database in .ragline stay'
 
 run: $(INSTALLED)
@@ -40,6 +41,9 @@ check: $(INSTALLED)
 
 bench: $(INSTALLED)
 	.venv/bin/python -m evals.bench
+
+screenshots: $(INSTALLED)
+	.venv/bin/python docs/screenshots.py
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -4,30 +4,34 @@ import difflib
 import gzip
 import hashlib
 import json
+import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from evals.answers import occurrences
+
+AMBIGUOUS_SHARE = 0.005  # of the queries; so few cannot move MRR by more than a quarter of the default margin
 EVAL_SCHEMES = ("sample:", "sample:small", "beir:PATH")
 
 
 class EvalSetError(ValueError):
-    """An eval set is missing, malformed or names unknown documents.
+    """An eval set is missing, malformed, names unknown documents or is contaminated by the corpus (`code` "contaminated").
 
     Carries `what`, `fix`, `code` and `exit_code` as `rag_serving.errors.RaglineError` does, without importing it (evals and rag_serving
     do not know each other); the CLI treats both alike.
     """
 
-    code = "eval_set"
     exit_code = 1
 
-    def __init__(self, what: str, *, fix: str = "") -> None:
+    def __init__(self, what: str, *, fix: str = "", code: str = "eval_set") -> None:
         self.what = what
         self.fix = fix
+        self.code = code
         super().__init__(f"{what} {fix}".strip())
 
 
@@ -36,6 +40,15 @@ class Query:
     query_id: str
     text: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerSpan:
+    """Where an answer stands: characters `[start, end)` of a document's text."""
+
+    doc_id: str
+    start: int
+    end: int
 
 
 def split_of(query_id: str) -> Literal["tune", "heldout"]:
@@ -59,10 +72,65 @@ class EvalSet:
         judgments = sorted([query_id, doc_id, score] for query_id, row in self.qrels.items() for doc_id, score in row.items())
         return hashlib.sha256(_canonical([queries, judgments]).encode()).hexdigest()
 
+    @cached_property
+    def _by_text(self) -> Mapping[str, tuple[str, ...]]:
+        """Query ids by folded text."""
+        ids: dict[str, list[str]] = {}
+        for query in self.queries:
+            ids.setdefault(fold(query.text), []).append(query.query_id)
+        return {text: tuple(each) for text, each in ids.items()}
+
     @property
     def duplicate_texts(self) -> int:
-        """How many queries repeat the words of an earlier one."""
-        return len(self.queries) - len({query.text for query in self.queries})
+        """How many queries repeat the words of an earlier one, case and white space aside."""
+        return len(self.queries) - len(self._by_text)
+
+    @property
+    def ambiguous(self) -> tuple[str, ...]:
+        """Ids of the queries that share their words with a query judged otherwise: no ranking can satisfy both."""
+        return tuple(
+            query_id
+            for ids in self._by_text.values()
+            if any(self.qrels.get(other) != self.qrels.get(ids[0]) for other in ids)
+            for query_id in ids
+        )
+
+    def answer_spans(self, texts: Mapping[str, str]) -> dict[str, tuple[AnswerSpan, ...]]:
+        """Where the answers of each query stand in its relevant documents, from `texts[doc_id]`, the documents as they were indexed.
+
+        An answer is a string of `metadata["answers"]`, or `metadata["answer"]`, at `metadata["start"]` where that is given and true, else at
+        each occurrence that does not begin or end within a word; any white space matches any other. A query is absent from the result if it
+        has no answer, or none that stands in a relevant document: span-level scores do not count it.
+        """
+        found: dict[str, tuple[AnswerSpan, ...]] = {}
+        for query in self.queries:
+            relevant = [doc_id for doc_id, score in self.qrels.get(query.query_id, {}).items() if score > 0 and doc_id in texts]
+            given = query.metadata.get("answers") or [query.metadata.get("answer")]
+            answers = [answer for answer in given if isinstance(answer, str) and answer.strip()] if isinstance(given, list) else []
+            start = query.metadata.get("start")
+            spans = {
+                AnswerSpan(doc_id, *span)
+                for doc_id in relevant
+                for answer in answers
+                for span in occurrences(answer, texts[doc_id], start=start if isinstance(start, int) and len(answers) == 1 else None)
+            }
+            if spans:
+                found[query.query_id] = tuple(sorted(spans, key=lambda span: (span.doc_id, span.start, span.end)))
+        return found
+
+    def standing_in(self, aliases: Mapping[str, str]) -> "EvalSet":
+        """The same set, of the same hash, with each judgment of a document in `aliases` given to the equal document that stands for it."""
+        if not any(doc_id in aliases for row in self.qrels.values() for doc_id in row):
+            return self
+        qrels: dict[str, dict[str, int]] = {}
+        for query_id, row in self.qrels.items():
+            judged = qrels.setdefault(query_id, {})
+            for doc_id, score in row.items():
+                standing = aliases.get(doc_id, doc_id)
+                judged[standing] = max(score, judged.get(standing, score))
+        mapped = replace(self, qrels=qrels)
+        mapped.__dict__["sha256"] = self.sha256
+        return mapped
 
     def half(self, which: Literal["tune", "heldout"]) -> "EvalSet":
         """The queries of one half by `split_of`: fit weights and thresholds on `tune`, report on `heldout`."""
@@ -71,9 +139,17 @@ class EvalSet:
         return EvalSet(f"{self.name}/{which}", queries, qrels)
 
     def validate(self, doc_ids: Collection[str]) -> None:
-        """Raise EvalSetError unless every query has a judgment above 0 and every judgment names a query and a document that exist."""
-        if not self.queries:
-            raise EvalSetError(f"eval set {self.name!r} has no queries.", fix="Give one with at least one judged query.")
+        """Raise EvalSetError unless the set can carry evidence.
+
+        It has two queries or more, every query has an id of its own and a judgment above 0, and every judgment names a query and a document
+        that exist. At most AMBIGUOUS_SHARE of the queries share their words with one that was judged otherwise: collections written by many
+        hands hold a few (4 of 10,570 in SQuAD's development set).
+        """
+        if len(self.queries) < 2:
+            count = "one query" if self.queries else "no queries"
+            raise EvalSetError(
+                f"eval set {self.name!r} has {count}.", fix="Give one with two judged queries at least; a gate asks for more."
+            )
         ids = Counter(query.query_id for query in self.queries)
         self._refuse([query_id for query_id, count in ids.items() if count > 1], "has duplicate query ids", "Give each query its own id.")
         self._refuse(
@@ -90,11 +166,22 @@ class EvalSet:
             "has queries without a relevant document",
             "Judge at least one document above 0 for each, or drop them.",
         )
+        if len(self.ambiguous) > AMBIGUOUS_SHARE * len(self.queries):
+            self._refuse(
+                list(self.ambiguous),
+                f"has queries of the same words but different judgments (more than {AMBIGUOUS_SHARE:.1%} of all)",
+                "Merge each such group into one query with all its judgments.",
+            )
 
     def _refuse(self, culprits: list[str], what: str, fix: str) -> None:
         if culprits:
             more = ", ..." if len(culprits) > 3 else ""
             raise EvalSetError(f"eval set {self.name!r} {what}: {', '.join(culprits[:3])}{more} ({len(culprits)} in all).", fix=fix)
+
+
+def fold(text: str) -> str:
+    """The words of a text: case, compatibility forms (NFKC) and the kind and amount of white space aside."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def _canonical(value: object) -> str:
@@ -141,7 +228,8 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, row
 
 
-def _read_queries(path: Path) -> Iterator[Query]:
+def read_queries(path: Path) -> Iterator[Query]:
+    """The queries of a `queries.jsonl[.gz]`, judged or not, in order. EvalSetError names file and line."""
     seen: dict[str, int] = {}
     for number, row in json_lines(path):
         query_id, text, metadata = row.get("_id"), row.get("text"), row.get("metadata") or {}
@@ -181,7 +269,7 @@ def load_beir(path: Path, split: str = "test") -> EvalSet:
         there = ", ".join(sorted(each.stem for each in (path / "qrels").glob("*.tsv"))) or "none"
         raise EvalSetError(f"no judgments at {qrels_file}.", fix=f"Splits found: {there}.")
     qrels = _read_qrels(qrels_file)
-    queries = tuple(_read_queries(queries_file))
+    queries = tuple(read_queries(queries_file))
     kept = tuple(query for query in queries if query.query_id in qrels)
     missing = sorted(qrels.keys() - {query.query_id for query in kept})
     if missing:
@@ -194,16 +282,15 @@ def load_beir(path: Path, split: str = "test") -> EvalSet:
     return EvalSet(path.resolve().name, kept, qrels, unjudged=len(queries) - len(kept))
 
 
-def write_beir(evalset: EvalSet, path: Path) -> None:
-    """Write `queries.jsonl` and `qrels/test.tsv` under `path`; `load_beir` reads back a set of the same hash."""
+def encode_beir(evalset: EvalSet) -> tuple[bytes, bytes]:
+    """The content of `queries.jsonl` and of `qrels/test.tsv`; `load_beir` reads back a set of the same hash."""
     lines = [f"{query_id}\t{doc_id}\t{score}" for query_id, row in evalset.qrels.items() for doc_id, score in row.items()]
     broken = next((line for line in lines if line.count("\t") != 2 or len(line.splitlines()) != 1), None)
     if broken:
         raise EvalSetError(f"the ids in {broken!r} hold a tab or a line break.", fix="Rename them; a qrels file cannot hold such ids.")
-    (path / "qrels").mkdir(parents=True, exist_ok=True)
     rows = [{"_id": query.query_id, "text": query.text, "metadata": dict(query.metadata)} for query in evalset.queries]
-    (path / "queries.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    (path / "qrels" / "test.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *lines, ""]), encoding="utf-8")
+    queries = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return queries.encode(), "\n".join(["query-id\tcorpus-id\tscore", *lines, ""]).encode()
 
 
 def open_eval_set(address: str, *, root: Path) -> EvalSet:

@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from evals.power import minimum_detectable_drop, queries_needed
+from evals.power import minimum_detectable_drop, queries_needed, sensitivity_of
 from evals.significance import SEED, EvidenceError, PairedDifference, bca_interval, paired_difference
+from evals.slices import SliceDifference, slice_differences
 
 _ROUNDING = 1e-9
 
@@ -48,7 +49,10 @@ class GateResult:
 
 @dataclass(frozen=True, slots=True)
 class QualityEvidence:
-    """Everything the quality rules look at; MRR is over document ranks within `k`, metrics are between 0 and 1."""
+    """Everything the quality rules look at; MRR is over document ranks within `k`, metrics are between 0 and 1.
+
+    `slices` are the comparisons with the champion on each slice of `slice_min_queries` queries or more, the largest loss first.
+    """
 
     k: int
     queries: int
@@ -61,6 +65,9 @@ class QualityEvidence:
     alpha: float
     min_queries: int
     ann_recall_floor: float
+    slices: tuple[SliceDifference, ...] = ()
+    slice_margin: float = 0.05
+    slice_min_queries: int = 50
 
 
 def enough_queries(evidence: QualityEvidence) -> Rule:
@@ -105,6 +112,33 @@ def non_inferiority(evidence: QualityEvidence) -> Rule | None:
     )
 
 
+def no_slice_worse(evidence: QualityEvidence) -> Rule | None:
+    """No slice lost more than `slice_margin` significantly: sign-flip p, adjusted by Holm over the slices, at most alpha.
+
+    So a candidate that is as good as its champion everywhere fails this rule in at most alpha of all evaluations, however many slices there
+    are. No rule when there is no champion.
+    """
+    if evidence.difference is None:
+        return None
+    worse = [each for each in evidence.slices if each.mean < -evidence.slice_margin - _ROUNDING and each.p_worse <= evidence.alpha]
+    if worse:
+        first, *others = worse
+        also = f", and so are {', '.join(each.name for each in others)}" if others else ""
+        detail = (
+            f"the slice {first.name} ({first.queries:,} queries) is {-first.mean:.3f} below the champion "
+            f"(p = {first.p_worse:.4f} after Holm over {len(evidence.slices)} slices; at most {evidence.slice_margin:.3f} is allowed){also}"
+        )
+    elif evidence.slices:
+        first = evidence.slices[0]
+        detail = (
+            f"none of {len(evidence.slices)} slices lost more than {evidence.slice_margin:.3f} significantly; "
+            f"the lowest is {first.name} ({first.queries:,} queries) at {first.mean:+.3f} (p = {first.p_worse:.4f} after Holm)"
+        )
+    else:
+        detail = f"no slice has {evidence.slice_min_queries:,} queries or more"
+    return Rule("no_slice_worse", not worse, (worse or evidence.slices)[0].mean if evidence.slices else 0.0, -evidence.slice_margin, detail)
+
+
 def mrr_floor(evidence: QualityEvidence) -> Rule:
     """The point estimate of MRR reaches the floor."""
     passed = _at_least(evidence.mrr, evidence.mrr_floor)
@@ -129,6 +163,7 @@ def ann_recall(evidence: QualityEvidence) -> Rule:
 QUALITY_RULES: tuple[Callable[[QualityEvidence], Rule | None], ...] = (
     enough_queries,
     non_inferiority,
+    no_slice_worse,
     mrr_floor,
     beats_bm25,
     ann_recall,
@@ -146,10 +181,17 @@ def quality_gate(
     alpha: float,
     min_queries: int,
     ann_recall_floor: float,
+    slices: Mapping[str, Sequence[str]] | None = None,
+    slice_margin: float = 0.05,
+    slice_min_queries: int = 50,
+    draws: int = 10_000,
     seed: int = SEED,
     k: int = 10,
 ) -> GateResult:
     """Judge the per-query reciprocal ranks (query id to value) of a candidate, against its champion if there is one.
+
+    `slices` names the groups of each query, by query id; they must not depend on how a system did. `draws` are those of each permutation
+    test and bootstrap. The summary of a PASS says which drops so many queries would have shown.
 
     Raises EvidenceError if a metric is NaN, below 0 or above 1, if there are no queries, or if the champion was measured on other queries.
     """
@@ -158,12 +200,13 @@ def quality_gate(
             _require_share(value, f"the {name}'s reciprocal rank of query {query_id!r}")
     _require_share(bm25_mrr, "the MRR of full-text search")
     _require_share(ann_recall, "the recall of the vector index")
-    low, high = bca_interval(list(candidate.values()), seed=seed)
+    low, high = bca_interval(list(candidate.values()), draws=draws, seed=seed)
+    difference = None if champion is None else paired_difference(candidate, champion, alpha=alpha, draws=draws, seed=seed)
     evidence = QualityEvidence(
         k=k,
         queries=len(candidate),
         mrr=math.fsum(candidate.values()) / len(candidate),
-        difference=None if champion is None else paired_difference(candidate, champion, alpha=alpha, seed=seed),
+        difference=difference,
         bm25_mrr=bm25_mrr,
         ann_recall=ann_recall,
         mrr_floor=mrr_floor,
@@ -171,10 +214,19 @@ def quality_gate(
         alpha=alpha,
         min_queries=min_queries,
         ann_recall_floor=ann_recall_floor,
+        slices=()
+        if champion is None
+        else slice_differences(candidate, champion, slices or {}, min_queries=slice_min_queries, draws=draws, seed=seed),
+        slice_margin=slice_margin,
+        slice_min_queries=slice_min_queries,
     )
     rules = [rule for check in QUALITY_RULES if (rule := check(evidence)) is not None]
-    compared = "no champion to compare with" if evidence.difference is None else _against_champion(evidence.mrr, evidence.difference)
-    praise = f"MRR@{k} {evidence.mrr:.3f} over {evidence.queries:,} queries (95 % CI {low:.3f} to {high:.3f}), {compared}"
+    compared = "no champion to compare with" if difference is None else _against_champion(evidence.mrr, difference)
+    sensitivity = sensitivity_of(evidence.queries, difference.sd if difference else 0.0, alpha=alpha)
+    praise = (
+        f"MRR@{k} {evidence.mrr:.3f} over {evidence.queries:,} queries (95 % CI {low:.3f} to {high:.3f}), {compared}; "
+        f"a drop from {sensitivity.drops[1]:.3f} up would have shown"
+    )
     return decide("retrieval_quality", rules, praise=praise)
 
 

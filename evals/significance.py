@@ -21,7 +21,10 @@ _NORMAL = NormalDist()
 
 
 class EvidenceError(ValueError):
-    """The numbers handed in cannot support a statement; says what is wrong and what to do (`fix`)."""
+    """The numbers handed in cannot support a statement; says what is wrong and what to do (`fix`), as `evals.collections.EvalSetError`."""
+
+    code = "evidence"
+    exit_code = 1
 
     def __init__(self, what: str, *, fix: str = "") -> None:
         self.what = what
@@ -98,6 +101,24 @@ def paired_difference(
 
     Raises EvidenceError if the query ids differ, if there are none or if a value is not finite.
     """
+    differences = _differences(candidate, champion)
+    mean = float(differences.mean())
+    p_worse = sign_flip_p_worse(differences, draws=draws, seed=seed)
+    n = len(differences)
+    if _all_equal(differences):
+        return PairedDifference(mean, mean, mean, mean, alpha, p_worse, 0.0, n, None)
+    bca = _bootstrap(differences, draws=draws, seed=seed)
+    low, high, lower_bound = (bca.quantile(level) for level in (0.025, 0.975, alpha))
+    return PairedDifference(mean, low, high, lower_bound, alpha, p_worse, float(differences.std(ddof=1)), n, bca)
+
+
+def paired_spread(candidate: Mapping[str, float], champion: Mapping[str, float]) -> float:
+    """The standard deviation of the per-query differences, 0 for a single query: what `evals.power` needs. Raises as `paired_difference`."""
+    differences = _differences(candidate, champion)
+    return float(differences.std(ddof=1)) if len(differences) > 1 else 0.0
+
+
+def _differences(candidate: Mapping[str, float], champion: Mapping[str, float]) -> Floats:
     if candidate.keys() != champion.keys():
         odd = sorted(candidate.keys() ^ champion.keys())
         raise EvidenceError(
@@ -106,15 +127,7 @@ def paired_difference(
             fix="Evaluate both on the same eval set.",
         )
     queries = sorted(candidate)
-    differences = _sample([candidate[query] for query in queries]) - _sample([champion[query] for query in queries])
-    mean = float(differences.mean())
-    p_worse = _sign_flip_p_worse(differences, draws=draws, seed=seed)
-    n = len(queries)
-    if _all_equal(differences):
-        return PairedDifference(mean, mean, mean, mean, alpha, p_worse, 0.0, n, None)
-    bca = _bootstrap(differences, draws=draws, seed=seed)
-    low, high, lower_bound = (bca.quantile(level) for level in (0.025, 0.975, alpha))
-    return PairedDifference(mean, low, high, lower_bound, alpha, p_worse, float(differences.std(ddof=1)), n, bca)
+    return _sample([candidate[query] for query in queries]) - _sample([champion[query] for query in queries])
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -129,8 +142,11 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return {name: adjusted[name] for name in p_values}
 
 
-def _sign_flip_p_worse(differences: Floats, *, draws: int, seed: int) -> float:
-    """Share of random sign patterns whose sum is at most the observed one, with +1 correction; zeros never matter and are left out."""
+def sign_flip_p_worse(differences: Floats, *, draws: int = 10_000, seed: int = SEED) -> float:
+    """One-sided p-value of "the mean difference is below 0": the share of random sign patterns whose sum is at most the observed one.
+
+    With +1 correction; zeros never matter and are left out. 1.0 if nothing differs.
+    """
     moved = differences[differences != 0]
     if not len(moved):
         return 1.0

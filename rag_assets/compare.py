@@ -1,22 +1,28 @@
-"""`ragline compare`: which embedding model is best for this data? Every configured model on a BEIR folder, in a scratch store of its own."""
+"""`ragline compare`: which embedding model, and which chunking, is best for this data? All of them on a BEIR folder, in a scratch store."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+
+from pydantic import ValidationError
 
 from evals.reports import LeaderboardRow
 from rag_assets import ingestion, steps
 from rag_assets.corpus import fingerprint_of
-from rag_assets.leaderboard import baseline_rows
+from rag_assets.leaderboard import compared_rows
 from rag_assets.workbench import Reporter, Workbench
-from rag_serving.errors import SourceError
-from rag_serving.settings import Settings
+from rag_serving.errors import ConfigError, SourceError
+from rag_serving.settings import Chunking, Settings
 from rag_serving.store import LocalStore
 
 
-def compare(settings: Settings, folder: Path, *, models: Sequence[str], reporter: Reporter) -> list[LeaderboardRow]:
-    """A leaderboard row a model and one for full-text search alone, on the corpus, queries and qrels of a BEIR folder.
+def compare(
+    settings: Settings, folder: Path, *, models: Sequence[str], reporter: Reporter, chunkings: Sequence[str] = ()
+) -> list[LeaderboardRow]:
+    """A leaderboard row a model and chunking and one for full-text search alone, on the corpus, queries and qrels of a BEIR folder.
 
-    Vectors and snapshots stay in a scratch store under the state folder, so that asking again is quick. The release is never touched.
+    `chunkings` are such as `chunking_of` reads; none means the configured one. Vectors and snapshots stay in a scratch store under the state
+    folder, so that asking again is quick. The release is never touched.
     """
     if not folder.is_dir():
         raise SourceError(
@@ -30,18 +36,37 @@ def compare(settings: Settings, folder: Path, *, models: Sequence[str], reporter
         }
     )
     scratch = LocalStore(settings.home / "compare" / fingerprint_of(address)[:16])
-    bench = Workbench(chosen, store=scratch, reporter=reporter)
-    ingestion.list_source_files(bench)
-    ingestion.parse_documents(bench)
-    eval_set = steps.load_eval_set(bench)
-    ingestion.split_chunks(bench)
-    rows: list[LeaderboardRow] = []
-    evaluations = []
-    for name in models:
-        reporter.note(f"── {name}")
-        built = steps.snapshot_corpus(bench, name)
-        evaluation = steps.evaluate_snapshot(bench, built.manifest, eval_set)
-        evaluations.append(evaluation)
-        rows.append(LeaderboardRow(name, evaluation.metrics, built.manifest.snapshot_id, "compared"))
-        bench.release_models()
-    return rows + baseline_rows(evaluations)
+    benches = {
+        name: Workbench(chosen.model_copy(update={"chunking": chunking_of(name, settings.chunking)}), store=scratch, reporter=reporter)
+        for name in chunkings or ("",)
+    }
+    evaluations, names = [], {}
+    for chunking, bench in benches.items():
+        ingestion.list_source_files(bench)
+        documents = ingestion.parse_documents(bench).table
+        ingestion.split_chunks(bench)
+        eval_set = steps.load_eval_set(bench)
+        for model in models:
+            name = f"{model} {chunking}".strip()
+            reporter.note(f"── {name}")
+            built = steps.snapshot_corpus(bench, model)
+            evaluation = steps.evaluate_snapshot(bench, built.manifest, eval_set)
+            names[evaluation.snapshot_id] = name
+            evaluations.append(replace(evaluation, corpus_sha256=documents.content_sha256))
+            bench.release_models()
+    rows = compared_rows(scratch, evaluations, alpha=settings.gate.alpha)
+    return [replace(row, embedding_model=names.get(row.snapshot_id or "", row.embedding_model)) for row in rows]
+
+
+def chunking_of(text: str, configured: Chunking) -> Chunking:
+    """STRATEGY[:MAX_TOKENS[:OVERLAP]] as settings; what it leaves out is as configured. ConfigError names what is wrong with it."""
+    given = {name: value for name, value in zip(("strategy", "max_tokens", "overlap"), text.split(":"), strict=False) if value}
+    if text.count(":") > 2:
+        raise ConfigError(f"chunking {text!r} has too many parts.", fix="Write STRATEGY[:MAX_TOKENS[:OVERLAP]], such as sentence:200:40.")
+    try:
+        return Chunking.model_validate(configured.model_dump() | given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(
+            f"chunking {text!r} cannot be used: {first['msg']}.", fix="Write STRATEGY[:MAX_TOKENS[:OVERLAP]], such as sentence:200:40."
+        ) from None

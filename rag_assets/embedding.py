@@ -1,24 +1,24 @@
 """Content-addressed embeddings: a text is embedded once per fingerprint, ever.
 
-`embeddings/<fingerprint>/<sha256>.parquet` are write-once segments of (text hash, vector); a segment's name is the hash of its bytes.
+`embeddings/<name>.model.json` remembers which fingerprint a row of ragline.toml had, so that a plan need not load the model.
 """
 
 import hashlib
-import io
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
-from rag_serving.errors import AlreadyExists, ModelError, StoreError
+from rag_assets.vectors import EmbeddingCache, Keys, Vectors, text_keys
+from rag_serving.errors import ModelError
+from rag_serving.models import computes_bfloat16
+from rag_serving.settings import ModelSpec
 from rag_serving.store import Store
 
-Vectors = NDArray[np.float32]
-_SEGMENT_TEXTS = 512
+SEGMENT_TEXTS = 512
+WINDOW_TEXTS = 8_192
 
 
 class DocumentEncoder(Protocol):
@@ -37,65 +37,87 @@ class Embedded:
     computed: int
 
 
-def text_key(text: str) -> bytes:
-    """The key under which a text's vector is kept: its sha256, 32 bytes."""
-    return hashlib.sha256(text.encode()).digest()
-
-
-class EmbeddingCache:
-    """The vectors of one fingerprint in the store."""
-
-    def __init__(self, store: Store, fingerprint: str, dims: int) -> None:
-        self._store = store
-        self._prefix = f"embeddings/{fingerprint[:32]}"
-        self._dims = dims
-
-    def load(self) -> dict[bytes, Vectors]:
-        """Every stored vector by text key; StoreError names a segment whose bytes are not what its name says."""
-        vectors: dict[bytes, Vectors] = {}
-        for name in self._store.names(self._prefix):
-            data = self._store.read(f"{self._prefix}/{name}")
-            if hashlib.sha256(data).hexdigest() != name.removesuffix(".parquet"):
-                raise StoreError(
-                    f"embedding segment {self._prefix}/{name} is damaged.", fix="Delete that file; its texts are embedded again."
-                )
-            table = pq.read_table(io.BytesIO(data))
-            matrix = table["vector"].combine_chunks().flatten().to_numpy().reshape(-1, self._dims)
-            vectors.update(zip(table["key"].to_pylist(), matrix, strict=True))
-        return vectors
-
-    def add(self, keys: Sequence[bytes], vectors: Vectors) -> None:
-        """Commit one segment; what is committed is never embedded again."""
-        values = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), self._dims)
-        table = pa.table({"key": pa.array(keys, pa.binary(32)), "vector": values})
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd")
-        data = buffer.getvalue()
-        try:
-            self._store.create(f"{self._prefix}/{hashlib.sha256(data).hexdigest()}.parquet", data)
-        except AlreadyExists:
-            return
-
-
 def embed(store: Store, encoder: DocumentEncoder, texts: Sequence[str], *, progress: Callable[[int, int], None] | None = None) -> Embedded:
-    """Vectors of `texts`, reading what the store has and computing only the rest, committed every 512 texts.
+    """Vectors of `texts`, reading what the store has and computing only the rest. For more than fits in memory there is `embed_missing`."""
+    computed = embed_missing(store, encoder, lambda: [texts], progress=progress)
+    return Embedded(EmbeddingCache(store, encoder.fingerprint, encoder.dims).vectors(text_keys(texts)), computed)
 
-    `progress` is told (done, to do) of the computed ones.
+
+def embed_missing(
+    store: Store,
+    encoder: DocumentEncoder,
+    batches: Callable[[], Iterable[Sequence[str]]],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Embed what the store does not have yet, and say how many texts that were.
+
+    `batches` gives all texts each time it is called; it is called twice when more is missing than one window of some thousand texts. Within a
+    window texts are embedded by length, and committed every 512: what was committed before an interruption stays. `progress` is told (done,
+    to do).
     """
     cache = EmbeddingCache(store, encoder.fingerprint, encoder.dims)
-    known = cache.load()
-    missing = {key: text for text in texts if (key := text_key(text)) not in known}
-    keys = sorted(missing, key=lambda key: len(missing[key]))
-    for start in range(0, len(keys), _SEGMENT_TEXTS):
-        batch = keys[start : start + _SEGMENT_TEXTS]
-        vectors = encoder.encode_documents([missing[key] for key in batch])
-        check_vectors(vectors, rows=len(batch), dims=encoder.dims)
-        cache.add(batch, vectors)
-        known.update(zip(batch, vectors, strict=True))
-        if progress:
-            progress(start + len(batch), len(keys))
-    matrix = np.stack([known[text_key(text)] for text in texts]) if texts else np.empty((0, encoder.dims), np.float32)
-    return Embedded(matrix, len(keys))
+    wanted, few = missing(cache, batches())
+    done = 0
+    for window in [few] if few else _windows(batches, wanted):
+        for start in range(0, len(window), SEGMENT_TEXTS):
+            texts = window[start : start + SEGMENT_TEXTS]
+            vectors = encoder.encode_documents(texts)
+            check_vectors(vectors, rows=len(texts), dims=encoder.dims)
+            cache.add(text_keys(texts), vectors)
+            done += len(texts)
+            if progress:
+                progress(done, len(wanted))
+    return done
+
+
+def _windows(batches: Callable[[], Iterable[Sequence[str]]], wanted: Keys) -> Iterator[list[str]]:
+    """The texts of the wanted keys, each once, some thousand at a time, shortest first."""
+    waiting = np.ones(len(wanted), dtype=bool)
+    window: list[str] = []
+    for texts in batches() if len(wanted) else ():
+        keys, first = np.unique(text_keys(texts), return_index=True)
+        at = np.minimum(np.searchsorted(wanted, keys), len(wanted) - 1)
+        new = (wanted[at] == keys) & waiting[at]
+        waiting[at[new]] = False
+        window.extend(texts[row] for row in first[new])
+        if len(window) >= WINDOW_TEXTS:
+            yield sorted(window, key=len)
+            window = []
+    yield sorted(window, key=len)
+
+
+def missing(cache: EmbeddingCache, batches: Iterable[Sequence[str]]) -> tuple[Keys, list[str]]:
+    """Keys of the texts that have no stored vector, sorted, each once; and those texts, shortest first, if one window holds them."""
+    found = [text_keys(())]
+    few: dict[str, None] = {}
+    for texts in batches:
+        keys, first = np.unique(text_keys(texts), return_index=True)
+        new = ~cache.holds(keys)
+        found.append(keys[new])
+        if len(few) <= WINDOW_TEXTS:
+            few |= dict.fromkeys(texts[row] for row in first[new])
+    return np.unique(np.concatenate(found)), sorted(few, key=len) if len(few) <= WINDOW_TEXTS else []
+
+
+def remember_fingerprint(store: Store, spec: ModelSpec, fingerprint: str) -> None:
+    """Keep which fingerprint this row of ragline.toml has, so that a plan need not load the model."""
+    if known_fingerprint(store, spec) != fingerprint:
+        record = {"identity": _identity(spec), "fingerprint": fingerprint}
+        store.write(f"embeddings/{spec.name}.model.json", json.dumps(record).encode())
+
+
+def known_fingerprint(store: Store, spec: ModelSpec) -> str | None:
+    """The fingerprint this row had when it was last embedded with; None for another row, and for a folder, whose weights may have changed."""
+    key = f"embeddings/{spec.name}.model.json"
+    if spec.source.startswith("path:") or not store.exists(key):
+        return None
+    record = json.loads(store.read(key))
+    return str(record["fingerprint"]) if record["identity"] == _identity(spec) else None
+
+
+def _identity(spec: ModelSpec) -> str:
+    return hashlib.sha256(json.dumps([spec.model_dump(exclude={"dense_scale"}), computes_bfloat16()], sort_keys=True).encode()).hexdigest()
 
 
 def check_vectors(vectors: Vectors, *, rows: int, dims: int) -> None:

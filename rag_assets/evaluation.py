@@ -1,42 +1,48 @@
 """Evaluating a snapshot: every query of an eval set through the code and bytes that serving uses, kept in the store as evidence."""
 
-import asyncio
+import hashlib
 import io
 import json
-import time
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from evals.collections import EvalSet
-from evals.metrics import QueryRow, document_ranking, score_rankings, summarise
-from rag_serving.encoding import Encoder, Vectors, require_fingerprint
-from rag_serving.errors import AlreadyExists, StoreError
+from evals.metrics import QueryRow, score_rankings, score_spans, summarise
+from rag_assets.background import Background
+from rag_assets.measurement import BM25_ALONE, ann_recall, diversity, encode_queries, holding_passages, measure, serve
+from rag_serving.encoding import Encoder, require_fingerprint
+from rag_serving.errors import StoreError
 from rag_serving.retrieval import QUERY_CODE, Retriever
-from rag_serving.settings import Retrieval, Weights, Wording
 from rag_serving.snapshots import Manifest
 from rag_serving.store import Store
 
-_NO_WORDING = Wording(pool=0)
-BM25_ALONE = Retrieval(weights=Weights(dense_text=0, dense_title=0, bm25_text=1, bm25_title=0), wording=_NO_WORDING)
-DENSE_ALONE = Retrieval(weights=Weights(dense_text=1, dense_title=0, bm25_text=0, bm25_title=0), wording=_NO_WORDING)
-_DEPTH = 50
-_RECALL_SAMPLE = 200
-_TIMED = 200
-_AT_ONCE = 8
-_ENCODE_BATCH = 256
+MEASURE_CODE = "measure-2"  # counts up when the same hits would give other rows or metrics; evaluations are bound to it
+
+_ROWS = pa.schema(
+    [
+        ("query_id", pa.string()),
+        *((name, pa.float64()) for name in ("reciprocal_rank", "ndcg", "recall", "average_precision", "success")),
+        ("rank", pa.int64()),
+        ("retrieved", pa.list_(pa.string())),
+        ("latency_ms", pa.float64()),
+        ("slices", pa.list_(pa.string())),
+        *((name, pa.float64()) for name in ("span_reciprocal_rank", "span_recall")),
+    ]
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     """A snapshot measured on an eval set. `metrics` and `bm25` hold aggregates; the rows of each query are read by `read_rows`.
 
-    `query_code` is the version of the code that searched; an evaluation by another version is measured again.
+    `query_code` is the version of the code that searched, `measure_code` of the code that scored; an evaluation by another version is
+    measured again. `rows_sha256` binds the rows to it, and a seal over all of it is stored beside it.
     """
 
     snapshot_id: str
@@ -51,6 +57,8 @@ class Evaluation:
     bm25: Mapping[str, float]
     ann_recall: float
     query_code: str = ""
+    measure_code: str = ""
+    rows_sha256: str = ""
     reused: bool = False
 
     @property
@@ -66,57 +74,6 @@ def evaluation_key(manifest_sha256: str, eval_set_sha256: str) -> str:
     return f"evaluations/{manifest_sha256[:32]}/{eval_set_sha256[:32]}"
 
 
-async def measure(
-    retriever: Retriever,
-    vectors: Vectors | None,
-    eval_set: EvalSet,
-    *,
-    k: int,
-    fusion: Retrieval | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[QueryRow, ...]:
-    """Retrieve for every query and score the document rankings; `vectors` has a row a query, None for words alone.
-
-    The first 200 queries go one after the other and are timed; the rest go eight at a time.
-    """
-    rankings: dict[str, Sequence[tuple[str, float]]] = {}
-    latencies: dict[str, float] = {}
-
-    async def rank(number: int) -> None:
-        query = eval_set.queries[number]
-        hits = await retriever.retrieve(query.text, None if vectors is None else vectors[number], k=max(_DEPTH, k), fusion=fusion)
-        rankings[query.query_id] = document_ranking((hit.chunk_id, hit.doc_id, hit.score) for hit in hits)
-
-    total = len(eval_set.queries)
-    for number in range(min(_TIMED, total)):
-        started = time.perf_counter()
-        await rank(number)
-        latencies[eval_set.queries[number].query_id] = (time.perf_counter() - started) * 1000
-    for start in range(_TIMED, total, _AT_ONCE):
-        await asyncio.gather(*(rank(number) for number in range(start, min(start + _AT_ONCE, total))))
-        if progress:
-            progress(min(start + _AT_ONCE, total), total)
-    return score_rankings(eval_set.qrels, rankings, k=k, latencies_ms=latencies)
-
-
-async def encode_queries(encoder: Encoder, eval_set: EvalSet) -> Vectors:
-    """The queries' vectors, float32 (queries, dims), in order."""
-    texts = [query.text for query in eval_set.queries]
-    batches = [await encoder.encode(texts[start : start + _ENCODE_BATCH]) for start in range(0, len(texts), _ENCODE_BATCH)]
-    return np.concatenate(batches)
-
-
-async def ann_recall(retriever: Retriever, vectors: Vectors, *, k: int) -> float:
-    """Share of the exact `k` nearest chunks that serving's vector search returns, over up to 200 queries."""
-    sample = vectors[np.linspace(0, len(vectors) - 1, min(_RECALL_SAMPLE, len(vectors))).astype(int)]
-    shares = []
-    for vector in sample:
-        exact = {hit.row for hit in await retriever.neighbours(vector, k=k, exact=True)}
-        found = {hit.row for hit in await retriever.neighbours(vector, k=k, exact=False)}
-        shares.append(len(exact & found) / len(exact))
-    return float(np.mean(shares))
-
-
 async def evaluate(
     store: Store,
     manifest: Manifest,
@@ -126,15 +83,20 @@ async def evaluate(
     k: int,
     max_age_days: float,
     bm25: Mapping[str, float] | None = None,
+    background: Callable[[], Background] | None = None,
+    fresh: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """The evaluation of a snapshot on an eval set: the stored one while it is fresh, else measured and stored.
+    """The evaluation of a snapshot on an eval set: the stored one while it is young enough, else measured and stored.
 
-    `encoder` is called only when something has to be measured. `bm25` is the baseline of full-text search alone where it is known already:
-    it is the same for every embedding model.
+    `fresh` measures again however young the stored one is; what was measured before stays readable in `evaluation_history`. `encoder` is
+    called only when something has to be measured, and so is `background`, which gives the slices and answers of the queries. `bm25` is the
+    baseline of full-text search alone where it is known already: it is the same for every embedding model.
+
+    Raises EvidenceError if a score or a latency is impossible, StoreError if the stored evaluation was edited.
     """
     stored = read_evaluation(store, manifest.sha256, eval_set.sha256)
-    if stored and (stored.k, stored.query_code) == (k, QUERY_CODE) and 0 <= _age_days(stored) <= max_age_days / 2:
+    if not fresh and stored and (stored.k, stored.query_code) == (k, QUERY_CODE) and 0 <= _age_days(stored) <= max_age_days / 2:
         return stored
     retriever = await Retriever.open(store, manifest.snapshot_id)
     encode: Encoder | None = None
@@ -143,13 +105,23 @@ async def evaluate(
         require_fingerprint(encode, manifest.fingerprint)
         vectors = await encode_queries(encode, eval_set)
         await retriever.warm_up()
-        rows = await measure(retriever, vectors, eval_set, k=k, progress=progress)
+        served = await serve(retriever, vectors, eval_set, k=k, progress=progress)
         baseline = bm25 or summarise(await measure(retriever, None, eval_set, k=k, fusion=BM25_ALONE), k=k)
         recall = await ann_recall(retriever, vectors, k=k)
     finally:
         retriever.close()
         if encode:
             await encode.aclose()
+    known = background() if background else Background({}, {})
+    holding = await holding_passages(store, manifest.snapshot_id, known.spans)
+    rows = score_rankings(
+        eval_set.qrels,
+        served.documents,
+        k=k,
+        latencies_ms=served.latencies_ms,
+        slices=known.slices,
+        spans=score_spans(holding, served.passage_ids(), k=k),
+    )
     evaluation = Evaluation(
         snapshot_id=manifest.snapshot_id,
         manifest_sha256=manifest.sha256,
@@ -159,33 +131,56 @@ async def evaluate(
         eval_set_sha256=eval_set.sha256,
         k=k,
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        metrics=summarise(rows, k=k),
+        metrics={**summarise(rows, k=k), **await diversity(store, manifest.snapshot_id, served, k=k, rows=manifest.rows)},
         bm25=baseline,
         ann_recall=recall,
         query_code=QUERY_CODE,
     )
-    _write(store, evaluation, rows)
-    return evaluation
+    return write_evaluation(store, evaluation, rows)
 
 
 def read_evaluation(store: Store, manifest_sha256: str, eval_set_sha256: str) -> Evaluation | None:
+    """The latest evaluation of a snapshot on an eval set; None if there is none or earlier code measured it.
+
+    StoreError when it cannot be read, was edited, or holds impossible numbers.
+    """
     key = f"{evaluation_key(manifest_sha256, eval_set_sha256)}/summary.json"
-    if not store.exists(key):
-        return None
+    return _read(store, key) if store.exists(key) else None
+
+
+def evaluation_history(store: Store, manifest_sha256: str, eval_set_sha256: str) -> list[Evaluation]:
+    """Every evaluation of a snapshot on an eval set that present code measured, oldest first: its metrics over time."""
+    key = evaluation_key(manifest_sha256, eval_set_sha256)
+    found = [_read(store, f"{key}/{name}") for name in store.names(key) if name.startswith("at-")]
+    return [evaluation for evaluation in found if evaluation]
+
+
+def _read(store: Store, key: str) -> Evaluation | None:
+    again = "Delete that file and evaluate again."
     try:
-        return Evaluation(**json.loads(store.read(key)), reused=True)
-    except (ValueError, TypeError):
-        raise StoreError(f"{key} cannot be read.", fix="Delete that file and evaluate again.") from None
+        fields = json.loads(store.read(key))
+        if fields.get("measure_code") != MEASURE_CODE:
+            return None
+        seal = fields.pop("seal")
+        evaluation = Evaluation(**fields, reused=True)
+        shares = (evaluation.mrr, evaluation.bm25[f"mrr_at_{evaluation.k}"], evaluation.ann_recall)
+        sound = all(map(math.isfinite, evaluation.metrics.values())) and all(0 <= share <= 1 for share in shares)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise StoreError(f"{key} cannot be read.", fix=again) from None
+    if seal != _seal(fields):
+        raise StoreError(f"{key} was edited after it was measured.", fix=again)
+    if not sound:
+        raise StoreError(f"{key} holds impossible numbers.", fix=again)
+    return evaluation
 
 
 def read_rows(store: Store, evaluation: Evaluation) -> list[dict[str, Any]]:
-    """The per-query rows of an evaluation, in the order of the eval set; StoreError when they are absent or damaged."""
-    name = f"queries-{evaluation.measured_at.replace(':', '').replace('+', 'Z')}.parquet"
-    data = store.read(f"{evaluation.key}/{name}")
-    try:
-        rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(data)).to_pylist()
-    except (pa.ArrowInvalid, OSError):
-        raise StoreError(f"{evaluation.key}/{name} is damaged.", fix="Delete that folder and evaluate again.") from None
+    """The per-query rows of an evaluation, in the order of the eval set; StoreError when they are absent or are not what was measured."""
+    key = _rows_key(evaluation)
+    data = store.read(key)
+    if hashlib.sha256(data).hexdigest() != evaluation.rows_sha256:
+        raise StoreError(f"{key} is not what was measured: it was damaged or edited.", fix="Delete that folder and evaluate again.")
+    rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(data)).to_pylist()
     return rows
 
 
@@ -193,17 +188,32 @@ def reciprocal_ranks(store: Store, evaluation: Evaluation) -> dict[str, float]:
     return {row["query_id"]: row["reciprocal_rank"] for row in read_rows(store, evaluation)}
 
 
-def _write(store: Store, evaluation: Evaluation, rows: Sequence[QueryRow]) -> None:
+def query_slices(store: Store, evaluation: Evaluation) -> dict[str, tuple[str, ...]]:
+    """The slices of each query, by query id."""
+    return {row["query_id"]: tuple(row["slices"]) for row in read_rows(store, evaluation)}
+
+
+def write_evaluation(store: Store, evaluation: Evaluation, rows: Sequence[QueryRow]) -> Evaluation:
+    """Store an evaluation with its rows as the latest of its snapshot and eval set; returns it as stored, bound to the rows and sealed."""
     buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows]), buffer, compression="zstd")
-    name = f"queries-{evaluation.measured_at.replace(':', '').replace('+', 'Z')}.parquet"
-    try:
-        store.create(f"{evaluation.key}/{name}", buffer.getvalue())
-    except AlreadyExists:
-        store.write(f"{evaluation.key}/{name}", buffer.getvalue())
-    fields = asdict(evaluation)
+    pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows], schema=_ROWS), buffer, compression="zstd")
+    data = buffer.getvalue()
+    bound = replace(evaluation, measure_code=MEASURE_CODE, rows_sha256=hashlib.sha256(data).hexdigest(), reused=False)
+    store.write(_rows_key(bound), data)
+    fields = asdict(bound)
     fields.pop("reused")
-    store.write(f"{evaluation.key}/summary.json", json.dumps(fields, indent=2).encode())
+    summary = json.dumps({**fields, "seal": _seal(fields)}, indent=2).encode()
+    store.write(f"{bound.key}/at-{bound.measured_at.replace(':', '').replace('+', 'Z')}.json", summary)
+    store.write(f"{bound.key}/summary.json", summary)
+    return bound
+
+
+def _rows_key(evaluation: Evaluation) -> str:
+    return f"{evaluation.key}/queries-{evaluation.rows_sha256[:32]}.parquet"
+
+
+def _seal(fields: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def _age_days(evaluation: Evaluation) -> float:

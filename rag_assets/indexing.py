@@ -1,9 +1,14 @@
-"""Building a snapshot: one LanceDB table with vector and full-text indexes, frozen by checks, sealed with a manifest, published once."""
+"""Building a snapshot: one LanceDB table with vector and full-text indexes, frozen by checks, sealed with a manifest, published once.
+
+A snapshot is built in full, or from the newest like it: that one's files as hard links, the changed rows merged, the indexes extended.
+"""
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -11,19 +16,32 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
+from rag_assets.freezing import Health, examine
+from rag_assets.survey import Delta, Rows, Survey, Vectors, difference, survey
 from rag_serving.errors import SnapshotError
-from rag_serving.fusion import title_distinctness
-from rag_serving.retrieval import Retriever, embedded_text, open_table
+from rag_serving.retrieval import embedded_text, open_table
 from rag_serving.settings import Index, ModelSpec, Retrieval
-from rag_serving.snapshots import TABLE, Manifest, find_by_build_key, hash_tree, seal, snapshot_key
+from rag_serving.snapshots import (
+    TABLE,
+    Manifest,
+    check_inherited,
+    find_by_build_key,
+    hash_tree,
+    link_files,
+    manifests,
+    seal,
+    snapshot_key,
+    verify,
+)
 from rag_serving.store import Store
 
-Vectors = NDArray[np.float32]
 _CODE_VERSION = "snapshot-2"
 _REFINE = 2
-_SAMPLE = 200
+_DELETE_TOGETHER = 10_000
+_ANN_FLOOR = 0.95
+_FOREVER = timedelta(days=36500)
+_log = logging.getLogger("ragline")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,45 +65,124 @@ class Recipe:
             "model": self.model.name,
             "corpus": self.corpus_sha256,
             "chunking": dict(self.chunking),
-            "index": self.index.model_dump(),
+            "index": self.searched_with,
             "retrieval": self.retrieval.model_dump(),
         }
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def searched_with(self) -> dict[str, Any]:
+        """The index settings without those that only choose between a full and an incremental build."""
+        return self.index.model_dump(exclude={"rebuild_share", "rebuild_after"})
+
+    def index_of(self, rows: int) -> dict[str, Any]:
+        """How the vectors of this many rows are indexed and searched."""
+        indexed = rows >= self.index.hnsw_from_rows
+        return {"vector_index": "IVF_HNSW_SQ" if indexed else None, "refine_factor": _REFINE, **self.searched_with}
+
 
 @dataclass(frozen=True, slots=True)
-class Health:
-    """What the freeze checks measured; `problems` is empty for a snapshot that may be published."""
+class Increment:
+    """What turns a parent's rows into the new ones."""
 
-    rows: int
-    indexed_rows: Mapping[str, int]
-    self_retrieval: float
-    ann_recall: float
+    parent: Manifest
+    delta: Delta
 
     @property
-    def problems(self) -> list[str]:
-        found = [f"index {name} covers {count} of {self.rows} rows" for name, count in self.indexed_rows.items() if count != self.rows]
-        if self.self_retrieval < 0.99:
-            found.append(f"only {self.self_retrieval:.1%} of sampled chunks find themselves first")
-        return found
+    def counts(self) -> dict[str, int]:
+        before = self.parent.delta
+        return {
+            "added": self.delta.added,
+            "changed": self.delta.changed,
+            "removed": self.delta.removed,
+            "since_full": before.get("since_full", 0) + self.delta.rows,
+            "generation": before.get("generation", 0) + bool(self.delta.rows),
+        }
 
 
 async def build_snapshot(
-    store: Store, recipe: Recipe, chunks: pa.Table, vectors: Vectors, title_vectors: Vectors, *, parent: str | None
+    store: Store, recipe: Recipe, chunks: pa.Table, vectors: Vectors, title_vectors: Vectors, *, parent: Manifest | None
 ) -> tuple[Manifest, Health | None]:
+    """`publish_snapshot` of what is in memory: a row a chunk, and vectors in the same order, float32 (rows, dims)."""
+    for name, matrix in (("text", vectors), ("title", title_vectors)):
+        _check_shape(name, matrix, rows=chunks.num_rows, dims=recipe.model.dims)
+    at = {chunk_id: row for row, chunk_id in enumerate(chunks["chunk_id"].to_pylist())}
+
+    def vectors_of(batch: pa.RecordBatch) -> tuple[Vectors, Vectors]:
+        rows = [at[chunk_id] for chunk_id in batch["chunk_id"].to_pylist()]
+        return vectors[rows], title_vectors[rows]
+
+    return await publish_snapshot(store, recipe, Rows(chunks.to_batches, vectors_of), parent=parent)
+
+
+async def publish_snapshot(store: Store, recipe: Recipe, rows: Rows, *, parent: Manifest | None) -> tuple[Manifest, Health | None]:
     """Publish the snapshot of these rows, or return the one that exists (then Health is None: nothing was built).
 
-    `chunks` has a row a chunk (chunk_id, doc_id, uri, title, heading_path, text, start, end); the vectors are float32 (rows, dims).
+    With a parent, a small difference is merged into it; when the result is not sound, a full build follows. Rows pass by in batches.
     Raises SnapshotError, leaving the store as it was, when a freeze check fails.
     """
     existing = find_by_build_key(store, recipe.build_key)
     if existing:
         return existing, None
-    _check_rows(chunks, vectors, title_vectors, recipe.model.dims)
-    indexed = chunks.num_rows >= recipe.index.hnsw_from_rows
+    found = survey(rows.batches())
+    if parent:
+        try:
+            increment = await increment_from(store, recipe, found, parent)
+            if increment:
+                return await _publish(store, recipe, rows, found, increment)
+        except (SnapshotError, OSError, RuntimeError, ValueError) as error:  # the last three are LanceDB's
+            _log.warning("building in full: %s cannot be gone on from: %s", parent.snapshot_id, error)
+    return await _publish(store, recipe, rows, found, None)
+
+
+def find_parent(store: Store, recipe: Recipe) -> Manifest | None:
+    """The newest snapshot that this recipe can go on from: equal fingerprint, chunking, index structure and LanceDB version.
+
+    How it is searched (`ef`, the fusion) may differ, because only the manifest holds that.
+    """
+
+    def structure(fingerprint: str, chunking: Mapping[str, Any], index: Mapping[str, Any], lancedb: str) -> tuple[Any, ...]:
+        return fingerprint, dict(chunking), index["m"], index["ef_construction"], lancedb
+
+    wanted = structure(recipe.fingerprint, recipe.chunking, recipe.searched_with, version("lancedb"))
+    alike = (each for each in manifests(store) if structure(each.fingerprint, each.chunking, each.index, each.lancedb) == wanted)
+    return max(alike, key=lambda manifest: manifest.built_at, default=None)
+
+
+def affordable(recipe: Recipe, parent: Manifest, *, delta: int, rows: int) -> bool:
+    """Whether `delta` changed rows are merged into the parent, to make `rows`, rather than built anew.
+
+    Counted with all changes since the last full build they may be `index.rebuild_share` of the rows, and `index.rebuild_after` builds may
+    follow a full one: each leaves dead rows, and one more part of every index to search.
+    """
+    if recipe.index_of(rows)["vector_index"] != parent.index["vector_index"]:
+        return False
+    since_full, generation = (parent.delta.get(name, 0) for name in ("since_full", "generation"))
+    return delta == 0 or (since_full + delta <= recipe.index.rebuild_share * rows and generation < recipe.index.rebuild_after)
+
+
+async def increment_from(store: Store, recipe: Recipe, found: Survey, parent: Manifest) -> Increment | None:
+    """What to merge into the parent, which is verified and read for it; None when a full build is due."""
+    if not affordable(recipe, parent, delta=abs(found.rows - parent.rows), rows=found.rows):
+        return None
+    verify(store, parent.snapshot_id)
+    table = await open_table(store.folder(snapshot_key(parent.snapshot_id)))
+    if not (await table.schema()).equals(_schema(found, recipe.model.dims)):
+        return None
+    columns = found.schema.names
+    delta = await difference(found, await table.query().select(columns).to_batches())
+    table.close()
+    return Increment(parent, delta) if affordable(recipe, parent, delta=delta.rows, rows=found.rows) else None
+
+
+async def _publish(store: Store, recipe: Recipe, rows: Rows, found: Survey, increment: Increment | None) -> tuple[Manifest, Health]:
+    parent = store.folder(snapshot_key(increment.parent.snapshot_id)) if increment else None
     with store.staging("snapshots/build") as folder:
-        await _write_table(folder, _with_vectors(chunks, vectors, title_vectors), recipe.index, indexed=indexed)
-        index = {"vector_index": "IVF_HNSW_SQ" if indexed else None, "refine_factor": _REFINE, **recipe.index.model_dump()}
+        if increment and parent:
+            link_files(parent, folder)
+            await _merge(folder, rows, found, increment.delta, dims=recipe.model.dims)
+        else:
+            await _write(folder, rows, found, recipe)
         manifest = Manifest(
             build_key=recipe.build_key,
             embedding_model=recipe.model.name,
@@ -93,90 +190,112 @@ async def build_snapshot(
             dims=recipe.model.dims,
             corpus_sha256=recipe.corpus_sha256,
             documents=recipe.documents,
-            rows=chunks.num_rows,
+            rows=found.rows,
             chunking=dict(recipe.chunking),
-            index=index,
+            index=recipe.index_of(found.rows),
             retrieval=recipe.retrieval.model_dump(),
-            title_distinctness=_distinctness(chunks),
-            parent=parent,
+            title_distinctness=found.title_distinctness,
+            parent=increment.parent.snapshot_id if increment else None,
             lancedb=version("lancedb"),
-            built_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            built_at=datetime.now(UTC).isoformat(timespec="microseconds"),
             files={},
+            built="incremental" if increment else "full",
+            delta=increment.counts if increment else {},
         )
-        health = await _freeze(folder, manifest, vectors)
-        if health.problems:
-            raise SnapshotError(
-                f"the new snapshot is not sound: {'; '.join(health.problems)}.", fix="Correct the rows or the index settings."
-            )
-        manifest = Manifest(**{**{name: getattr(manifest, name) for name in Manifest.__slots__}, "files": hash_tree(folder)})
+        health = await examine(folder, manifest, found, rows)
+        problems = list(health.problems)
+        if increment and health.ann_recall < _ANN_FLOOR:
+            problems.append(f"approximate search finds {health.ann_recall:.1%} of the nearest chunks")
+        if problems:
+            raise SnapshotError(f"the new snapshot is not sound: {'; '.join(problems)}.", fix="Correct the rows or the index settings.")
+        files = hash_tree(folder)
+        if increment and parent:
+            check_inherited(folder, files, parent, increment.parent)
+        manifest = replace(manifest, files=files)
         seal(folder, manifest)
         store.publish(folder, snapshot_key(manifest.snapshot_id))
     return manifest, health
 
 
-def _check_rows(chunks: pa.Table, vectors: Vectors, title_vectors: Vectors, dims: int) -> None:
-    rows = chunks.num_rows
-    if rows == 0:
-        raise SnapshotError("there are no chunks to index.", fix="Check the corpus source.")
-    if len(set(chunks["chunk_id"].to_pylist())) != rows:
-        raise SnapshotError("two chunks share an id.", fix="Check the chunker.")
-    for name, matrix in (("text", vectors), ("title", title_vectors)):
-        if matrix.shape != (rows, dims):
-            raise SnapshotError(f"{name} vectors are {matrix.shape}, expected ({rows}, {dims}).", fix="Check dims in ragline.toml.")
-        unit = np.abs(np.linalg.norm(matrix, axis=1) - 1) < 1e-3
-        if matrix.dtype != np.float32 or not unit.all():
-            bad = f"{rows - int(unit.sum())} of {rows} {name} vectors ({matrix.dtype}) are not finite with norm 1"
-            raise SnapshotError(f"{bad}.", fix="Embed the corpus again; check the model with `ragline doctor`.")
-
-
-def _with_vectors(chunks: pa.Table, vectors: Vectors, title_vectors: Vectors) -> pa.Table:
-    titles, texts = chunks["title"].to_pylist(), chunks["text"].to_pylist()
-    dims = vectors.shape[1]
-    columns = {
-        "content": pa.array([embedded_text(title, text) for title, text in zip(titles, texts, strict=True)]),
-        "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), dims),
-        "title_vector": pa.FixedSizeListArray.from_arrays(pa.array(title_vectors.ravel()), dims),
-    }
-    for name, values in columns.items():
-        chunks = chunks.append_column(name, values)
-    return chunks
-
-
-def _distinctness(chunks: pa.Table) -> float:
-    titles = dict(zip(chunks["doc_id"].to_pylist(), chunks["title"].to_pylist(), strict=True))
-    return round(title_distinctness(titles.values()), 6)
-
-
-async def _write_table(folder: Path, rows: pa.Table, index: Index, *, indexed: bool) -> None:
+async def _write(folder: Path, rows: Rows, found: Survey, recipe: Recipe) -> None:
     import lancedb
     from lancedb.index import FTS, HnswSq
 
     database = await lancedb.connect_async(folder)
-    table = await database.create_table(TABLE, rows)
+    with _reader(rows.batches(), rows, found, dims=recipe.model.dims) as reader:
+        table = await database.create_table(TABLE, reader)
     for column in ("content", "title"):
         await table.create_index(column, config=FTS(with_position=False))
-    if indexed:
+    if recipe.index_of(found.rows)["vector_index"]:
+        index = HnswSq(distance_type="cosine", m=recipe.index.m, ef_construction=recipe.index.ef_construction)
         for column in ("vector", "title_vector"):
-            await table.create_index(column, config=HnswSq(distance_type="cosine", m=index.m, ef_construction=index.ef_construction))
-    await table.optimize(cleanup_older_than=timedelta(days=36500))
-    table.close()  # type: ignore[no-untyped-call]
+            await table.create_index(column, config=index)
+    await _settle(table)
 
 
-async def _freeze(folder: Path, manifest: Manifest, vectors: Vectors) -> Health:
-    table = await open_table(folder)
-    statistics = {index.name: await table.index_stats(index.name) for index in await table.list_indices()}
-    retriever = Retriever(manifest, table)
-    sample = np.random.default_rng(0).choice(manifest.rows, size=min(_SAMPLE, manifest.rows), replace=False)
-    recalls, found = [], 0
-    for row in sample:
-        exact = await retriever.neighbours(vectors[row], k=10, exact=True)
-        approximate = await retriever.neighbours(vectors[row], k=10, exact=False) if manifest.index["vector_index"] else exact
-        recalls.append(len({hit.row for hit in exact} & {hit.row for hit in approximate}) / len(exact))
-        found += bool(approximate) and approximate[0].cosine > 1 - 1e-4
+async def _merge(folder: Path, rows: Rows, found: Survey, delta: Delta, *, dims: int) -> None:
+    import lancedb
+
+    table = await (await lancedb.connect_async(folder)).open_table(TABLE)
+    for start in range(0, len(delta.stale_ids), _DELETE_TOGETHER):
+        names = ("'" + each.replace("'", "''") + "'" for each in delta.stale_ids[start : start + _DELETE_TOGETHER])
+        await table.delete(f"chunk_id IN ({', '.join(names)})")
+    if len(delta.fresh):
+        fresh = (delta.part_of(batch) for batch in rows.batches())
+        with _reader((batch for batch in fresh if batch.num_rows), rows, found, dims=dims) as reader:
+            await table.add(reader)
+    await _settle(table)
+
+
+async def _settle(table: Any) -> None:
+    """Bring every row into every index, then drop what only earlier versions need: the folder is ours alone, and has one version to show."""
+    await table.optimize(cleanup_older_than=_FOREVER)
+    await table.optimize(cleanup_older_than=timedelta(milliseconds=1), delete_unverified=True)
     table.close()
-    return Health(
-        rows=manifest.rows,
-        indexed_rows={name: statistic.num_indexed_rows for name, statistic in statistics.items()},
-        self_retrieval=found / len(sample),
-        ann_recall=float(np.mean(recalls)),
-    )
+
+
+def _schema(found: Survey, dims: int) -> pa.Schema:
+    vector = pa.list_(pa.float32(), dims)
+    added = [pa.field("content", pa.string()), pa.field("vector", vector), pa.field("title_vector", vector)]
+    return pa.schema([*found.schema.remove_metadata(), *added])
+
+
+@contextmanager
+def _reader(batches: Iterable[pa.RecordBatch], rows: Rows, found: Survey, *, dims: int) -> Iterator[pa.RecordBatchReader]:
+    """Chunks with their vectors for LanceDB to draw on. What goes wrong in them is raised as it is, not as LanceDB words it."""
+    failed: list[Exception] = []
+
+    def stored() -> Iterator[pa.RecordBatch]:
+        try:
+            for batch in batches:
+                yield _with_vectors(batch, *rows.vectors(batch), schema=_schema(found, dims))
+        except Exception as error:
+            failed.append(error)
+            raise
+
+    try:
+        yield pa.RecordBatchReader.from_batches(_schema(found, dims), stored())
+    except RuntimeError:
+        if failed:
+            raise failed[0] from None
+        raise
+
+
+def _with_vectors(batch: pa.RecordBatch, vectors: Vectors, title_vectors: Vectors, *, schema: pa.Schema) -> pa.RecordBatch:
+    dims = schema.field("vector").type.list_size
+    columns = []
+    for name, matrix in (("text", vectors), ("title", title_vectors)):
+        _check_shape(name, matrix, rows=batch.num_rows, dims=dims)
+        unit = np.abs(np.linalg.norm(matrix, axis=1) - 1) < 1e-3
+        if matrix.dtype != np.float32 or not unit.all():
+            bad = f"{batch.num_rows - int(unit.sum())} of {batch.num_rows} {name} vectors ({matrix.dtype}) are not finite with norm 1"
+            raise SnapshotError(f"{bad}.", fix="Embed the corpus again; check the model with `ragline doctor`.")
+        columns.append(pa.FixedSizeListArray.from_arrays(pa.array(matrix.ravel()), dims))
+    pairs = zip(batch["title"].to_pylist(), batch["text"].to_pylist(), strict=True)
+    contents = pa.array([embedded_text(title, text) for title, text in pairs], pa.string())
+    return pa.record_batch([*batch.columns, contents, *columns], schema=schema)
+
+
+def _check_shape(name: str, matrix: Vectors, *, rows: int, dims: int) -> None:
+    if matrix.shape != (rows, dims):
+        raise SnapshotError(f"{name} vectors are {matrix.shape}, expected ({rows}, {dims}).", fix="Check dims in ragline.toml.")

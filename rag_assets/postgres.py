@@ -39,6 +39,7 @@ def export(databases: Databases) -> dict[str, str]:
         "RAGLINE_POSTGRES_URL": databases.dagster_url,
         "MLFLOW_TRACKING_URI": databases.mlflow_url,
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "DAGSTER_HOME": str(databases.dagster_home),
         "DAGSTER_DISABLE_TELEMETRY": "yes",
         "GX_ANALYTICS_ENABLED": "false",

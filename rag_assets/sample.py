@@ -1,12 +1,16 @@
 """The bundled sample: one document per operation of the API reference inside the installed `botocore` wheel."""
 
+import hashlib
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from evals.collections import EvalSetError
-from evals.sample.reference import Service, Tier, data_folder, services
-from rag_assets.sources import Document, SourceFile, hash_file, html_text
+from evals.sample.reference import Tier, services
+from rag_assets.hypertext import read_page
+from rag_assets.sources.items import DOCUMENT, Item
 from rag_serving.errors import SourceError
 
 _CASE_CHANGE = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
@@ -23,24 +27,24 @@ class SampleSource:
     uri: str
     tier: Tier
 
-    def _services(self) -> Iterator[Service]:
+    def items(self) -> Iterator[Item]:
         try:
-            yield from services(self.tier)
+            for service in services(self.tier):
+                about = service.model["metadata"]
+                for operation, page in service.operations.items():
+                    row = {
+                        "doc_id": f"{service.name}.{operation}",
+                        "uri": f"https://docs.aws.amazon.com/goto/WebAPI/{about['uid']}/{operation}",
+                        "title": f"{about['serviceFullName']}: {_CASE_CHANGE.sub(' ', operation)}",
+                        "text": page,
+                        "metadata": {"service": service.name, "operation": operation},
+                    }
+                    content = json.dumps(row).encode()
+                    version = hashlib.sha256(content).hexdigest()
+                    yield Item(f"{service.name}.{operation}", version, DOCUMENT, len(content), partial(_document, row))
         except EvalSetError as error:
             raise SourceError(error.what, fix=error.fix) from None
 
-    def files(self) -> Iterator[SourceFile]:
-        for service in self._services():
-            yield hash_file(service.model_file, f"botocore/data/{service.model_file.relative_to(data_folder()).as_posix()}")
 
-    def documents(self) -> Iterator[Document]:
-        for service in self._services():
-            about = service.model["metadata"]
-            for operation, page in service.operations.items():
-                yield Document(
-                    doc_id=f"{service.name}.{operation}",
-                    uri=f"https://docs.aws.amazon.com/goto/WebAPI/{about['uid']}/{operation}",
-                    title=f"{about['serviceFullName']}: {_CASE_CHANGE.sub(' ', operation)}",
-                    text=html_text(page)[1],
-                    metadata={"service": service.name, "operation": operation},
-                )
+def _document(row: Mapping[str, object]) -> bytes:
+    return json.dumps({**row, "text": read_page(str(row["text"]), marked=False).text}).encode()

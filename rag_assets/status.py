@@ -1,6 +1,8 @@
 """What is live, as facts: the release, its metrics, what holds, and which snapshots stand ready."""
 
 import time
+from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import Any
 
 import httpx2
@@ -9,15 +11,18 @@ from rich.markup import escape
 
 from rag_assets.evaluation import Evaluation, read_evaluation
 from rag_serving import promotion
-from rag_serving.errors import ConfigError, PromotionRefused, SnapshotError
-from rag_serving.releases import Entry, Ledger, Release, current_actor
+from rag_serving.releases import Ledger, Release
 from rag_serving.settings import Settings
 from rag_serving.snapshots import Manifest, read_manifest, snapshot_ids
 from rag_serving.store import LocalStore, Store
+from rag_serving.verdicts import GATES, trusted_verdict
 
 
 def describe(settings: Settings) -> dict[str, Any]:
-    """The facts of `ragline status`: release number, champion with metrics, previous, holds, snapshots. Reads the store alone."""
+    """The facts of `ragline status`: release number, champion with metrics and what it stands on, previous, canary, holds, pins, snapshots.
+
+    Reads the store alone.
+    """
     store = LocalStore(settings.store_dir)
     state = Ledger(store).state()
     snapshots = [_manifest_facts(read_manifest(store, snapshot_id)) for snapshot_id in snapshot_ids(store)]
@@ -25,7 +30,9 @@ def describe(settings: Settings) -> dict[str, Any]:
         "release": state.champion.number if state.champion else 0,
         "champion": _release_facts(store, state.champion) if state.champion else None,
         "previous": _release_facts(store, state.previous) if state.previous else None,
+        "canary": _release_facts(store, state.canary) if state.canary else None,
         "holds": [{"number": hold.number, "actor": hold.actor, "reason": hold.reason, "at": hold.at} for hold in state.holds],
+        "pinned": sorted(state.pinned),
         "snapshots": snapshots,
         "store": str(settings.store_dir),
     }
@@ -50,6 +57,12 @@ def _release_facts(store: Store, release: Release) -> dict[str, Any]:
         "metrics": dict(evaluation.metrics) if evaluation else {},
         "eval_set": evaluation.eval_set if evaluation else None,
         "measured_at": evaluation.measured_at if evaluation else None,
+        "override": asdict(override) if (override := promotion.override_of(store, release)) else None,
+        "verdicts": {
+            gate: {"outcome": verdict.outcome, "measured_at": verdict.measured_at, "summary": verdict.summary}
+            for gate in GATES
+            if (verdict := trusted_verdict(store, release.snapshot_id, gate))
+        },
     }
 
 
@@ -84,40 +97,26 @@ def print_status(console: Console, facts: dict[str, Any]) -> None:
         f"[bold green]release {facts['release']}[/]  {champion['embedding_model']}  [dim]{champion['snapshot_id']}[/]", highlight=False
     )
     console.print(f"  {champion['documents']:,} documents, {champion['chunks']:,} chunks; {shown}", highlight=False)
-    previous = facts["previous"]
+    print_grounds(console, champion)
+    previous, canary = facts["previous"], facts["canary"]
     console.print(f"  previous: {previous['snapshot_id'] if previous else 'none'}", highlight=False)
+    if canary:
+        console.print(f"  [cyan]canary[/]: {canary['snapshot_id']} since entry {canary['number']}", highlight=False)
+    if facts["pinned"]:
+        console.print(f"  pinned: {', '.join(facts['pinned'])}", highlight=False)
 
 
-def promote_named(settings: Settings, named: str, *, override: bool, allow_shrink: bool, reason: str) -> Entry | None:
-    """Promote a snapshot by id or by model name; with no name, hold the release round over the current evaluations."""
-    from rag_assets import steps
-    from rag_assets.workbench import Workbench
-
-    bench = Workbench(settings)
-    if not named:
-        if override or allow_shrink or reason:
-            raise ConfigError(
-                "--override, --allow-shrink and --reason are for one snapshot.", fix="Name it: `ragline promote SNAPSHOT ...`."
-            )
-        entry = steps.release_current(bench)
-        if entry is None and Ledger(bench.store).state().champion is None:
-            raise PromotionRefused("no evaluated snapshot passes the gate.", fix="See why: `ragline run`.")
-        return entry
-    snapshot_id = named
-    if any(spec.name == named for spec in settings.models):
-        current = steps.current_snapshot(bench, named)
-        if current is None:
-            raise SnapshotError(f"there is no snapshot of {named} yet.", fix=f"Build one: `ragline run --models {named}`.")
-        snapshot_id = current.snapshot_id
-    return promotion.promote(
-        bench.store,
-        snapshot_id,
-        gate=settings.gate,
-        actor=current_actor(settings.places.actor),
-        reason=reason or "promoted by hand",
-        override=override,
-        allow_shrink=allow_shrink,
-    )
+def print_grounds(console: Console, release: dict[str, Any]) -> None:
+    """What a release stands on: its verdicts with their ages, or an override and its end."""
+    override = release["override"]
+    if override:
+        how = f"[bold red]an override that expired at {override['expires_at']}[/]; `ragline run` lets the gates judge it, or roll back"
+        until = f"[yellow]an override until {override['expires_at']}[/]"
+        console.print(f"  stands on {how if override['expired'] else until}", highlight=False)
+    now = datetime.now(UTC)
+    for gate, verdict in release["verdicts"].items():
+        age = (now - datetime.fromisoformat(verdict["measured_at"])).total_seconds() / 86400
+        console.print(f"  {gate.replace('_', ' ')}: {verdict['outcome']}, {age:.1f} days old", highlight=False)
 
 
 def follow(settings: Settings, number: int, *, patience_seconds: float = 5.0) -> tuple[float | None, str]:
@@ -128,7 +127,7 @@ def follow(settings: Settings, number: int, *, patience_seconds: float = 5.0) ->
         while time.perf_counter() - started < patience_seconds:
             try:
                 opened = client.get("/v1/release").json().get("open") or {}
-            except (httpx2.TransportError, ValueError):
+            except (httpx2.TransportError, ValueError, AttributeError):  # nobody, or another program
                 return None, "No server answers here; those that run elsewhere follow by themselves."
             if opened.get("release") == number:
                 seconds = round(time.perf_counter() - started, 3)

@@ -1,46 +1,53 @@
 """From chunks to an evaluated and released snapshot: steps as plain functions of a workbench, called by assets and `ragline compare`."""
 
 import asyncio
+import hashlib
 import json
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from evals.collections import EvalSet, open_eval_set
-from rag_assets.corpus import read_table
-from rag_assets.embedding import Embedded, embed
+from rag_assets.background import background_of, require_uncontaminated
+from rag_assets.corpus import require_table, table_batches
+from rag_assets.embedding import embed_missing, remember_fingerprint
 from rag_assets.evaluation import Evaluation, evaluate, read_evaluation
-from rag_assets.gating import release
-from rag_assets.indexing import Health, Recipe, build_snapshot
-from rag_assets.ingestion import document_ids, require_table
-from rag_assets.tracking import TrackedRun, try_track
+from rag_assets.freezing import Coverage, Health, cover
+from rag_assets.indexing import Recipe, find_parent, publish_snapshot
+from rag_assets.ingestion import aliases, document_ids
+from rag_assets.measurement import held_documents
+from rag_assets.survey import Rows, survey
+from rag_assets.throughput import TimedEncoder, add_throughput
+from rag_assets.vectors import EmbeddingCache, Vectors, text_keys
 from rag_assets.workbench import Workbench
 from rag_serving.encoding import LocalEncoder
 from rag_serving.errors import SnapshotError
-from rag_serving.releases import Entry, Ledger, current_actor
-from rag_serving.retrieval import embedded_text
-from rag_serving.snapshots import Manifest, read_manifest
+from rag_serving.retrieval import QUERY_CODE, embedded_text, open_table
+from rag_serving.snapshots import Manifest, read_manifest, snapshot_key
+from rag_serving.store import Store
 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedCorpus:
-    """Vectors of all chunks and of their titles, in chunk order, with how many had to be computed and at what speed (texts a second)."""
+    """Vectors of all chunks and of their titles: `covered` chunks have both, `computed` texts were embedded for it.
 
-    texts: Embedded
-    titles: Embedded
+    `content_sha256` identifies the vectors: fingerprint and text keys in order. `norm_error` is the largest distance of a norm from 1, infinite
+    when a value is not finite.
+    """
+
+    rows: int
+    covered: int
+    dims: int
+    computed: int
     fingerprint: str
+    content_sha256: str
+    norm_error: float
     seconds: float
-
-    @property
-    def computed(self) -> int:
-        return self.texts.computed + self.titles.computed
-
-    @property
-    def norm_error(self) -> float:
-        """Largest distance of a vector's norm from 1; NaN when a value is not finite."""
-        norms = np.linalg.norm(np.concatenate([self.texts.vectors, self.titles.vectors]), axis=1)
-        return float(np.abs(norms - 1).max())
 
     @property
     def healthy(self) -> bool:
@@ -57,57 +64,116 @@ class BuiltSnapshot:
         return self.health is None
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """An evaluation and where MLflow shows it; None when MLflow was not reached."""
-
-    evaluation: Evaluation
-    tracked: TrackedRun | None
-
-
 def embed_corpus(bench: Workbench, model_name: str) -> EmbeddedCorpus:
-    """Embed every chunk and every title that the store does not have yet."""
-    _, chunks = read_table(bench.store, "chunks")
-    model = bench.model(model_name)
-    titles, texts = chunks["title"].to_pylist(), chunks["text"].to_pylist()
-    contents = [embedded_text(title, text) for title, text in zip(titles, texts, strict=True)]
-    headlines = [title.strip() or content for title, content in zip(titles, contents, strict=True)]
+    """Embed every chunk and every title that the store does not have yet, then read every vector back."""
     started = time.perf_counter()
+    computed = _embed_missing(bench, model_name)
+    model = bench.model(model_name)
+    cache = EmbeddingCache(bench.store, model.fingerprint, model.dims)
+    digest, covered, norm_error = hashlib.sha256(model.fingerprint.encode()), 0, 0.0
+    for batch in table_batches(bench.store, "chunks", columns=("title", "text")):
+        both = [text_keys(texts) for texts in embedded_texts(batch)]
+        held = np.logical_and(*(cache.holds(keys) for keys in both))
+        covered += int(held.sum())
+        for keys in both:
+            digest.update(keys.tobytes())
+            norms = np.linalg.norm(cache.vectors(keys[held]), axis=1)
+            norm_error = max(norm_error, float(np.nan_to_num(np.abs(norms - 1), nan=np.inf).max(initial=0)))
+    seconds = time.perf_counter() - started
+    rows = require_table(bench.store, "chunks").rows
+    return EmbeddedCorpus(rows, covered, model.dims, computed, model.fingerprint, digest.hexdigest(), norm_error, seconds)
+
+
+def _embed_missing(bench: Workbench, model_name: str) -> int:
+    model = bench.model(model_name)
+    remember_fingerprint(bench.store, bench.settings.model(model_name), model.fingerprint)
+
+    def batches(column: int) -> Iterator[Sequence[str]]:
+        return (embedded_texts(batch)[column] for batch in table_batches(bench.store, "chunks", columns=("title", "text")))
+
+    timed = TimedEncoder(model)
     with bench.reporter.bar(f"embedding texts with {model_name}") as bar:
-        embedded_texts = embed(bench.store, model, contents, progress=bar)
+        texts = embed_missing(bench.store, timed, lambda: batches(0), progress=bar)
+    add_throughput(bench.store, model.fingerprint, timed.throughput)
     with bench.reporter.bar(f"embedding titles with {model_name}") as bar:
-        embedded_titles = embed(bench.store, model, headlines, progress=bar)
-    bench.tally["embedded"] += embedded_texts.computed + embedded_titles.computed
-    return EmbeddedCorpus(embedded_texts, embedded_titles, model.fingerprint, time.perf_counter() - started)
+        titles = embed_missing(bench.store, model, lambda: batches(1), progress=bar)
+    bench.tally["embedded"] += texts + titles
+    return texts + titles
 
 
-def snapshot_corpus(bench: Workbench, model_name: str) -> BuiltSnapshot:
-    """Build the snapshot of the current chunks for one embedding model, or find the one built from the same inputs."""
-    table, chunks = read_table(bench.store, "chunks")
-    embedded = embed_corpus(bench, model_name)
-    champion = Ledger(bench.store).state().champion
+def embedded_texts(batch: pa.RecordBatch) -> tuple[list[str], list[str]]:
+    """What is embedded of each chunk: its text under its title, and its title, for which the text stands in where there is none."""
+    titles, texts = batch["title"].to_pylist(), batch["text"].to_pylist()
+    contents = [embedded_text(title, text) for title, text in zip(titles, texts, strict=True)]
+    return contents, [title.strip() or content for title, content in zip(titles, contents, strict=True)]
+
+
+def recipe_of(bench: Workbench, model_name: str, *, fingerprint: str) -> Recipe:
+    """The recipe of a snapshot of the current chunks."""
     spec = bench.settings.model(model_name)
-    recipe = Recipe(
+    return Recipe(
         model=spec,
-        fingerprint=embedded.fingerprint,
-        corpus_sha256=table.content_sha256,
-        documents=require_table(bench, "documents").rows,
+        fingerprint=fingerprint,
+        corpus_sha256=require_table(bench.store, "chunks").content_sha256,
+        documents=require_table(bench.store, "documents").rows,
         chunking=bench.settings.chunking.model_dump(),
         index=bench.settings.index,
         retrieval=bench.settings.retrieval.scaled(spec.dense_scale),
     )
-    parent = champion.snapshot_id if champion else None
-    build = build_snapshot(bench.store, recipe, chunks, embedded.texts.vectors, embedded.titles.vectors, parent=parent)
-    manifest, health = asyncio.run(build)
-    bench.store.write(_current_key(model_name), json.dumps({"snapshot_id": manifest.snapshot_id}).encode())
+
+
+def snapshot_corpus(bench: Workbench, model_name: str) -> BuiltSnapshot:
+    """Build the snapshot of the current chunks for one embedding model, or find the one built from the same inputs."""
+    model = bench.model(model_name)
+    recipe = recipe_of(bench, model_name, fingerprint=model.fingerprint)
+    _embed_missing(bench, model_name)
+    cache = EmbeddingCache(bench.store, model.fingerprint, model.dims)
+
+    def vectors(batch: pa.RecordBatch) -> tuple[Vectors, Vectors]:
+        texts, titles = (cache.vectors(text_keys(column)) for column in embedded_texts(batch))
+        return texts, titles
+
+    rows, started = Rows(lambda: table_batches(bench.store, "chunks"), vectors), time.perf_counter()
+    with bench.reporter.bar(f"indexing with {model_name}"):
+        build = publish_snapshot(bench.store, recipe, rows, parent=find_parent(bench.store, recipe))
+        manifest, health = asyncio.run(build)
+    pointer = _current(bench.store, model_name) | {"snapshot_id": manifest.snapshot_id}
+    if health is not None:
+        pointer[f"{manifest.built}_build"] = {"rows": manifest.rows, "seconds": round(time.perf_counter() - started, 3)}
+    bench.store.write(_current_key(model_name), json.dumps(pointer).encode())
     bench.tally["built"] += health is not None
     return BuiltSnapshot(manifest, health)
 
 
+def cover_snapshot(bench: Workbench, manifest: Manifest) -> Coverage:
+    """Compare a published snapshot with the current chunks: what was lost on the way, and what has no chunk."""
+
+    async def compare() -> Coverage:
+        table = await open_table(bench.store.folder(snapshot_key(manifest.snapshot_id)))
+        try:
+            return await cover(table, manifest, survey(table_batches(bench.store, "chunks")))
+        finally:
+            table.close()
+
+    return asyncio.run(compare())
+
+
 def current_snapshot(bench: Workbench, model_name: str) -> Manifest | None:
     """The newest snapshot of one embedding model, None before its first build."""
+    pointer = _current(bench.store, model_name)
+    return read_manifest(bench.store, pointer["snapshot_id"]) if pointer else None
+
+
+def build_rate(bench: Workbench, model_name: str, built: str) -> float | None:
+    """Rows a second at the last "full" or "incremental" build of a model's snapshot; None before the first."""
+    record = _current(bench.store, model_name).get(f"{built}_build")
+    return record["rows"] / max(record["seconds"], 1e-3) if record else None
+
+
+def _current(store: Store, model_name: str) -> dict[str, Any]:
     key = _current_key(model_name)
-    return read_manifest(bench.store, json.loads(bench.store.read(key))["snapshot_id"]) if bench.store.exists(key) else None
+    pointer: dict[str, Any] = json.loads(store.read(key)) if store.exists(key) else {}
+    return pointer
 
 
 def _current_key(model_name: str) -> str:
@@ -115,55 +181,63 @@ def _current_key(model_name: str) -> str:
 
 
 def load_eval_set(bench: Workbench) -> EvalSet:
-    """The configured eval set, checked against the documents of the corpus."""
+    """The configured eval set, checked against the documents of the corpus: their ids, and that they do not hold its queries."""
     eval_set = open_eval_set(bench.settings.eval.source, root=bench.settings.root)
     eval_set.validate(document_ids(bench))
-    return eval_set
+    require_uncontaminated(bench.store, eval_set)
+    return eval_set.standing_in(aliases(bench))
 
 
-def evaluate_snapshot(bench: Workbench, manifest: Manifest, eval_set: EvalSet) -> Evaluation:
-    """Measure a snapshot with its own embedding model, or return the stored evaluation while it is fresh."""
+def evaluate_snapshot(bench: Workbench, manifest: Manifest, eval_set: EvalSet, *, fresh: bool = False) -> Evaluation:
+    """Measure a snapshot with its own embedding model, or return the stored evaluation while it is young enough, unless `fresh` is asked.
+
+    Slices of queries are those of the current corpus, whatever corpus the snapshot holds; places of answers are known in the current one only.
+    """
     model_name = manifest.embedding_model
+    of_this_corpus = manifest.corpus_sha256 == require_table(bench.store, "chunks").content_sha256
     measured_before = [known for known in current_evaluations(bench, eval_set) if known.corpus_sha256 == manifest.corpus_sha256]
+    background = partial(background_of, bench.store, eval_set)
     with bench.reporter.bar(f"evaluating {model_name}") as bar:
         measured = evaluate(
             bench.store,
             manifest,
-            eval_set,
+            eval_set if of_this_corpus else _as_held(bench, manifest, eval_set),
             lambda: LocalEncoder(bench.model(model_name)),
             k=bench.settings.eval.k,
             max_age_days=bench.settings.gate.max_age_days,
             bm25=measured_before[0].bm25 if measured_before else None,
+            background=background if of_this_corpus else lambda: replace(background(), spans={}),
+            fresh=fresh,
             progress=bar,
         )
         return asyncio.run(measured)
 
 
+def _as_held(bench: Workbench, manifest: Manifest, eval_set: EvalSet) -> EvalSet:
+    """The eval set for a snapshot of another corpus, where of equal documents another one may stand for all of them."""
+    equal: dict[str, list[str]] = {}
+    for doc_id, standing in aliases(bench).items():
+        equal.setdefault(standing, []).append(doc_id)
+    judged = {doc_id for row in eval_set.qrels.values() for doc_id in row} & equal.keys()
+    wanted = judged.union(*(equal[doc_id] for doc_id in judged))
+    held = asyncio.run(held_documents(bench.store, manifest.snapshot_id, wanted))
+    others = {doc_id: next((each for each in equal[doc_id] if each in held), doc_id) for doc_id in judged - held}
+    return eval_set.standing_in(others)
+
+
 def current_evaluations(bench: Workbench, eval_set: EvalSet) -> list[Evaluation]:
-    """Evaluations of the current corpus on this eval set, one a configured model at most: the comparable rows of the leaderboard."""
-    chunks = require_table(bench, "chunks")
+    """Evaluations of the current corpus on this eval set by present code, one a configured model at most: comparable rows of a leaderboard."""
+    chunks = require_table(bench.store, "chunks")
     manifests = [manifest for spec in bench.settings.models if (manifest := current_snapshot(bench, spec.name))]
     comparable = [manifest for manifest in manifests if manifest.corpus_sha256 == chunks.content_sha256]
     found = [read_evaluation(bench.store, manifest.sha256, eval_set.sha256) for manifest in comparable]
-    return [evaluation for evaluation in found if evaluation and evaluation.k == bench.settings.eval.k]
+    wanted = (bench.settings.eval.k, QUERY_CODE)
+    return [evaluation for evaluation in found if evaluation and (evaluation.k, evaluation.query_code) == wanted]
 
 
-def measure_current(bench: Workbench, model_name: str, *, dagster_run_id: str | None = None) -> Measured:
-    """Evaluate the current snapshot of a model and show the result in MLflow."""
+def measure_current(bench: Workbench, model_name: str, eval_set: EvalSet) -> Evaluation:
+    """Evaluate the current snapshot of a model; SnapshotError before its first build."""
     manifest = current_snapshot(bench, model_name)
     if manifest is None:
         raise SnapshotError(f"there is no snapshot of {model_name} yet.", fix="Materialize index_snapshot first.")
-    evaluation = evaluate_snapshot(bench, manifest, load_eval_set(bench))
-    return Measured(evaluation, try_track(bench, manifest, evaluation, dagster_run_id=dagster_run_id))
-
-
-def release_current(bench: Workbench) -> Entry | None:
-    """Judge the current evaluations and promote the best that passes and brings something."""
-    eval_set = load_eval_set(bench)
-    return release(
-        bench.store,
-        current_evaluations(bench, eval_set),
-        gate=bench.settings.gate,
-        actor=current_actor(bench.settings.places.actor),
-        champion_evaluation=lambda snapshot_id: evaluate_snapshot(bench, read_manifest(bench.store, snapshot_id), eval_set),
-    )
+    return evaluate_snapshot(bench, manifest, eval_set)

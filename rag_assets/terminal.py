@@ -10,10 +10,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from rag_assets.gating import Standing
+from rag_assets.retention import Plan
 from rag_assets.workbench import Bar
-from rag_serving.releases import Action, Entry
+from rag_serving.promotion import override_of
+from rag_serving.releases import Action, Entry, Release, fold
 from rag_serving.retrieval import Hit
+from rag_serving.store import Store
 
+_STYLES = {Action.PROMOTE: "green", Action.CANARY: "cyan", Action.HOLD: "yellow", Action.ROLLBACK: "yellow", Action.ABORT: "yellow"}
 _COLOURS = {"champion": "green", "passed": "cyan", "refused": "red", "inconclusive": "yellow", "withdrawn": "yellow", "unjudged": "dim"}
 
 
@@ -62,13 +66,37 @@ def print_hits(console: Console, hits: Sequence[Hit], *, width: int = 240) -> No
         console.print(f"   {escape(text[:width])}{'…' if len(text) > width else ''}\n   [dim]{escape(hit.uri)}[/]")
 
 
-def releases_table(entries: Sequence[Entry]) -> Table:
-    """The ledger, newest first."""
+def releases_table(store: Store, entries: Sequence[Entry]) -> Table:
+    """The ledger, newest first; `*` marks what is live, and a promotion by override says how long it stands or stood."""
+    state = fold(entries)
+    live = state.champion.number if state.champion else 0
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("no.", "at", "action", "snapshot", "actor", "reason"):
+    for name in ("no.", "at", "action", "snapshot", "actor", "stands on", "reason"):
         table.add_column(name, overflow="fold")
     for entry in reversed(entries):
-        style = "green" if entry.action is Action.PROMOTE else "yellow" if entry.action in {Action.HOLD, Action.ROLLBACK} else ""
-        row = (str(entry.number), entry.at, entry.action.value, entry.snapshot_id or "", entry.actor, entry.reason)
+        style = _STYLES.get(entry.action, "")
+        number = f"{entry.number}{' *' * (entry.number == live)}"
+        row = (number, entry.at, entry.action.value, entry.snapshot_id or "", entry.actor, _grounds(store, entry), entry.reason)
         table.add_row(*(escape(cell) for cell in row), style=style)
     return table
+
+
+def _grounds(store: Store, entry: Entry) -> str:
+    if entry.action is not Action.PROMOTE or not entry.snapshot_id or not entry.manifest_sha256:
+        return ""
+    override = override_of(store, Release(entry.snapshot_id, entry.manifest_sha256, entry.number, entry.evidence))
+    if override is None:
+        return "verdicts"
+    return f"override, expired {override.expires_at}" if override.expired else f"override until {override.expires_at}"
+
+
+def print_collection(console: Console, decided: Plan, *, dry_run: bool) -> None:
+    """What `ragline gc` keeps and takes, and why."""
+    for snapshot_id, reason in decided.kept.items():
+        console.print(f"[green]{'stays':>12}[/]  {snapshot_id}  [dim]{escape(reason)}[/]", highlight=False)
+    for each in decided.garbage:
+        console.print(
+            f"[yellow]{'would go' if dry_run else 'gone':>12}[/]  {each.kind} {each.name}  [dim]{escape(each.reason)}[/]", highlight=False
+        )
+    if not decided.garbage:
+        console.print("Nothing to collect.")

@@ -2,7 +2,7 @@
 
 import json
 import unicodedata
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.config import JsonDict
@@ -24,17 +24,25 @@ class Question(BaseModel):
     top_k: int | None = Field(None, ge=1, le=MOST_TOP_K, description="Passages wanted; the service's `serving.top_k` when left out.")
 
 
+Body = TypeVar("Body", bound=BaseModel)
+
+
 def admit(content_type: str, body: bytes) -> Question:
     """The question in a request body. QueryError, with a `code` of its own for each way in which a body can be wrong."""
+    question = admit_body(content_type, body, Question)
+    return question.model_copy(update={"query": clean_text(question.query)})
+
+
+def admit_body(content_type: str, body: bytes, model: type[Body]) -> Body:
+    """The `model` in a JSON body; QueryError as of `admit`. Its texts are still as they came: see `clean_text`."""
     if content_type.partition(";")[0].strip().lower() != "application/json":
         raise QueryError(
             "the body is not declared as JSON.", code="unsupported_media_type", fix="Send it with Content-Type: application/json."
         )
     try:
-        question = Question.model_validate(_parsed(body))
+        return model.model_validate(_parsed(body))
     except ValidationError as error:
-        raise _explained(error) from None
-    return question.model_copy(update={"query": _clean(question.query)})
+        raise _explained(error, fields=[*model.model_fields]) from None
 
 
 def _parsed(body: bytes) -> Any:
@@ -57,17 +65,20 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _explained(error: ValidationError) -> QueryError:
+def _explained(error: ValidationError, *, fields: list[str]) -> QueryError:
     first = error.errors(include_url=False, include_input=False)[0]
     name = ascii(str(first["loc"][0])[:64])[1:-1] if first["loc"] else "the body"
     if first["type"] == "extra_forbidden":
-        return QueryError(f"unknown field '{name}'.", code="unknown_field", fix="The fields are query and top_k.")
+        return QueryError(
+            f"unknown field '{name}'.", code="unknown_field", fix=f"The fields are {', '.join(fields[:-1])} and {fields[-1]}."
+        )
     if first["type"] == "string_unicode":
-        return _not_text("half of a surrogate pair")
+        return _not_text("half of a surrogate pair", where=name)
     return QueryError(f"{name}: {first['msg'][0].lower()}{first['msg'][1:]}.", code="invalid_field", fix="Correct the value.")
 
 
-def _clean(query: str) -> str:
+def clean_text(query: str) -> str:
+    """The query as NFC text with something to read in it, or a QueryError."""
     run = 0
     for character in query:
         category = unicodedata.category(character)
@@ -88,5 +99,5 @@ def _clean(query: str) -> str:
     return query
 
 
-def _not_text(what: str) -> QueryError:
-    return QueryError(f"the query holds {what}.", code="invalid_characters", fix="Send plain text.")
+def _not_text(what: str, *, where: str = "the query") -> QueryError:
+    return QueryError(f"{where} holds {what}.", code="invalid_characters", fix="Send plain text.")

@@ -1,5 +1,6 @@
 """The serving process over HTTP: routes, replies and errors. What is searched, and how, is the pipeline's business."""
 
+import asyncio
 import hashlib
 import logging
 import re
@@ -14,18 +15,20 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.trace import SpanKind, Tracer
+from pydantic import BaseModel
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rag_serving import pipeline, telemetry
-from rag_serving.admission import Question, admit
+from rag_serving.admission import Question, admit, admit_body
 from rag_serving.errors import RaglineError
+from rag_serving.feedback import Feedback, propose
 from rag_serving.limits import BodyLimit
 from rag_serving.live import Live
 from rag_serving.pipeline import Trace
 from rag_serving.ports import require_port
-from rag_serving.replies import QueryReply, ReleaseReply, RetrieveReply, query_reply, release_reply, retrieve_reply
+from rag_serving.replies import FeedbackReply, QueryReply, ReleaseReply, RetrieveReply, query_reply, release_reply, retrieve_reply
 from rag_serving.settings import Settings
 from rag_serving.store import LocalStore, Store
 
@@ -62,7 +65,7 @@ _SECURITY = {
     "X-Frame-Options": "DENY",
 }
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_TRACED = frozenset({"/v1/query", "/v1/retrieve", "/v1/release"})
+_TRACED = frozenset({"/v1/query", "/v1/retrieve", "/v1/release", "/v1/feedback"})
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 
 log = logging.getLogger(__name__)
@@ -148,7 +151,12 @@ def _refusal(status: int, message: str) -> ASGIApp:
 
 routes = APIRouter()
 
-_BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": Question.model_json_schema()}}}}
+
+def _takes(model: type[BaseModel]) -> dict[str, Any]:
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": model.model_json_schema()}}}}
+
+
+_BODY, _FEEDBACK = _takes(Question), _takes(Feedback)
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {
         "description": "; ".join(title for code, (at, title) in PROBLEMS.items() if at == status),
@@ -188,6 +196,16 @@ async def query(request: Request) -> QueryReply:
     state = request.app.state
     found, answer = await pipeline.answer(state.live, question, top_k=state.settings.serving.top_k, trace=trace)
     return query_reply(found, answer, trace)
+
+
+@routes.post("/v1/feedback", status_code=202, openapi_extra=_FEEDBACK, responses=_ERRORS)
+async def feedback(request: Request) -> FeedbackReply:
+    """A thumb for an answer: its question waits for a judgment, from which the eval set grows. `queued` is false if it waits already."""
+    given = admit_body(request.headers.get("content-type", ""), await request.body(), Feedback)
+    store = request.app.state.store
+    said = given.model_dump(exclude={"query"})
+    queued = await asyncio.to_thread(propose, store, given.query, "feedback", **said)
+    return FeedbackReply(queued=queued, trace_id=request.state.trace_id)
 
 
 @routes.get("/v1/release")
@@ -260,7 +278,8 @@ def create_app(settings: Settings, *, store: Store | None = None, tracing: Trace
     tracer = telemetry.tracer(tracing or telemetry.provider())
     app = FastAPI(title="ragline", version="1", lifespan=_lifespan, docs_url=None, redoc_url=None)
     app.state.settings = settings
-    app.state.live = Live(store or LocalStore(settings.store_dir), settings)
+    app.state.store = store or LocalStore(settings.store_dir)
+    app.state.live = Live(app.state.store, settings)
     app.state.assets = _read_assets()
     app.state.tracer = tracer
     app.include_router(routes)

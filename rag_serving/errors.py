@@ -10,7 +10,8 @@ RaglineError
 ├── ReleaseError           the ledger refuses an entry
 │   ├── ReleaseConflict    another writer appended first
 │   ├── PromotionRefused   the evidence does not allow a promotion
-│   └── NoPrevious         there is nothing to roll back to
+│   ├── NoPrevious         there is nothing to roll back to
+│   └── DrillFailed        a rollback drill was too slow, or answered otherwise than the snapshot did when it was measured
 ├── EncoderError           the embedding service did not give usable vectors
 │   ├── EncoderUnavailable it is down, slow or overloaded
 │   └── ModelMismatch      its fingerprint is not the snapshot's
@@ -69,11 +70,25 @@ class ReleaseConflict(ReleaseError):
 
 
 class PromotionRefused(ReleaseError):
+    """The evidence does not allow it; `code` names the reason.
+
+    promotion_refused, held, collected, corpus_shrunk, override_incomplete, override_expired, and of a verdict: verdict_absent, verdict_edited,
+    verdict_foreign, verdict_failed, verdict_stale, verdict_outdated (the champion changed since, or the gate asks for more).
+    """
+
     code = "promotion_refused"
+
+    def __init__(self, what: str, *, fix: str = "", code: str = "promotion_refused") -> None:
+        super().__init__(what, fix=fix)
+        self.code = code
 
 
 class NoPrevious(ReleaseError):
     code = "no_previous"
+
+
+class DrillFailed(ReleaseError):
+    code = "drill_failed"
 
 
 class EncoderError(RaglineError):

@@ -1,6 +1,6 @@
 """Fusing retrieval signals into one score per candidate. Pure numbers; nothing here reads a table."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,15 +12,6 @@ _BM25_SCALE = 20.0
 _RRF_K = 60.0
 
 Scores = Mapping[str, NDArray[np.float64]]
-
-
-def title_distinctness(titles: Iterable[str]) -> float:
-    """Share of distinct non-empty titles among the documents that `titles` are of, 0 to 1.
-
-    Titles that name a document say much about it; a heading shared by a hundred documents says little. Title signals weigh by this.
-    """
-    folded = [title.strip().casefold() for title in titles]
-    return len(set(folded) - {""}) / max(len(folded), 1)
 
 
 def effective_weights(weights: Mapping[str, float], distinctness: float) -> dict[str, float]:

@@ -1,15 +1,27 @@
-"""Moving the release: promote, roll back, hold and lift. Every promotion re-verifies its evidence here, however it was started."""
+"""Moving the release: promote, try as canary, roll back, hold, lift, pin. Every promotion re-verifies its evidence here, however it was started."""
 
-from contextlib import suppress
-from dataclasses import asdict
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
 
-from rag_serving.errors import NoPrevious, PromotionRefused, ReleaseError
-from rag_serving.releases import Action, Entry, Ledger, State
+from rag_serving.errors import NoPrevious, PromotionRefused, ReleaseError, SnapshotError
+from rag_serving.releases import Action, Entry, Ledger, Release, State
 from rag_serving.settings import Gate
 from rag_serving.snapshots import Manifest, read_manifest, verify
 from rag_serving.store import Store
-from rag_serving.verdicts import RETRIEVAL_QUALITY, Verdict, read_verdict
+from rag_serving.verdicts import GATES, RETRIEVAL_QUALITY, WARM_UP, Verdict, passed, require_pass, trusted_verdict
+
+_CEILING = "vector_search_p95"  # of the gates' rules the one whose number is the most that is allowed
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """What a release stands on that was promoted without verdicts: until when (ISO time), and whether that is over."""
+
+    number: int
+    expires_at: str
+    expired: bool
 
 
 def promote(
@@ -25,32 +37,27 @@ def promote(
 ) -> Entry | None:
     """Make `snapshot_id` the champion. None when it already is.
 
-    Refused (PromotionRefused) without a fresh PASS verdict of this manifest against the present champion, during a hold, or when the corpus
-    shrank beyond the guard; a damaged snapshot is a SnapshotError. `override` skips the verdict and nothing else, and needs a reason;
-    `allow_shrink` skips the guard. The entry records both.
+    Refused (PromotionRefused, whose code names the reason) without a fresh PASS of every gate for this manifest against the present champion,
+    during a hold, or when the corpus shrank beyond the guard; a damaged snapshot is a SnapshotError, another writer at the same moment a
+    ReleaseConflict. `override` skips the verdicts and nothing else, needs a reason and an actor, and expires after `gate.override_hours`;
+    while the live release stands on an expired one, another is refused. `allow_shrink` skips the guard. The entry records both.
     """
+    now = now or datetime.now(UTC)
     ledger = Ledger(store)
     state = ledger.state()
     manifest = verify(store, snapshot_id)
     if state.champion and state.champion.snapshot_id == snapshot_id:
         return None
-    if state.holds:
-        hold = state.holds[-1]
-        raise PromotionRefused(
-            f"a hold blocks every promotion: entry {hold.number} by {hold.actor}, {hold.reason!r}.",
-            fix="Lift it with `ragline lift --reason`.",
-        )
-    verdict: Verdict | None = None
+    _check_free(state, snapshot_id)
     if override:
-        if not (reason.strip() and actor.strip()):
-            raise PromotionRefused("an override needs a reason and an actor.", fix="Give --reason; RAGLINE_ACTOR says who acts.")
-        with suppress(PromotionRefused):
-            verdict = read_verdict(store, snapshot_id, RETRIEVAL_QUALITY)
+        verdicts = _overridden(store, state, manifest, actor=actor, reason=reason, now=now)
     else:
-        verdict = read_verdict(store, snapshot_id, RETRIEVAL_QUALITY)
-        _check_verdict(verdict, manifest, state, gate, now or datetime.now(UTC))
+        verdicts = _required(store, state, manifest, GATES, gate=gate, now=now)
     if not allow_shrink:
         _check_shrink(store, manifest, state, gate)
+    ends = (now + timedelta(hours=gate.override_hours)).isoformat(timespec="seconds")
+    instead_of = state.champion.snapshot_id if state.champion else None
+    terms = {"override_expires_at": ends, "champion": instead_of} if override else {}
     return ledger.append(
         Action.PROMOTE,
         after=state.number,
@@ -58,25 +65,137 @@ def promote(
         reason=reason,
         snapshot_id=snapshot_id,
         manifest_sha256=manifest.sha256,
-        evidence={"override": override, "allow_shrink": allow_shrink, "verdict": asdict(verdict) if verdict else None},
+        evidence={"override": override, **terms, "allow_shrink": allow_shrink, **_as_evidence(verdicts)},
     )
 
 
-def _check_verdict(verdict: Verdict | None, manifest: Manifest, state: State, gate: Gate, now: datetime) -> None:
-    snapshot_id = manifest.snapshot_id
-    evaluate = "Evaluate it again: `ragline run`."
-    if verdict is None:
-        raise PromotionRefused(f"{snapshot_id} has no retrieval quality verdict.", fix=evaluate)
-    if verdict.manifest_sha256 != manifest.sha256 or verdict.snapshot_id != snapshot_id:
-        raise PromotionRefused(f"the verdict of {snapshot_id} belongs to another snapshot.", fix=evaluate)
-    if verdict.outcome != "PASS":
-        raise PromotionRefused(verdict.summary, fix="Improve it, or override with --override --reason.")
-    age = verdict.age_days(now)
-    if not 0 <= age <= gate.max_age_days:
-        raise PromotionRefused(f"the verdict of {snapshot_id} is {age:.1f} days old; {gate.max_age_days:g} are allowed.", fix=evaluate)
+def start_canary(store: Store, snapshot_id: str, *, gate: Gate, actor: str, reason: str, now: datetime | None = None) -> Entry:
+    """Name `snapshot_id` the canary, beside the champion. It needs fresh PASS verdicts of retrieval quality and warm-up; refusals as in `promote`.
+
+    A canary ends by promotion of any snapshot, by rollback or by `abort`; only one runs at a time.
+    """
+    ledger = Ledger(store)
+    state = ledger.state()
+    manifest = verify(store, snapshot_id)
+    if state.champion is None or state.champion.snapshot_id == snapshot_id:
+        live = "it is live" if state.champion else "nothing is live to compare with"
+        raise ReleaseError(f"{snapshot_id} cannot be a canary: {live}.", fix="Promote it, or name another snapshot.")
+    if state.canary:
+        raise ReleaseError(f"{state.canary.snapshot_id} is the canary already.", fix="Promote it, or end it with `ragline abort --reason`.")
+    _check_free(state, snapshot_id)
+    verdicts = _required(store, state, manifest, (RETRIEVAL_QUALITY, WARM_UP), gate=gate, now=now or datetime.now(UTC))
+    _check_shrink(store, manifest, state, gate)
+    return ledger.append(
+        Action.CANARY,
+        after=state.number,
+        actor=actor,
+        reason=reason,
+        snapshot_id=snapshot_id,
+        manifest_sha256=manifest.sha256,
+        evidence={"champion": state.champion.snapshot_id, **_as_evidence(verdicts)},
+    )
+
+
+def abort(store: Store, *, actor: str, reason: str, evidence: Mapping[str, Any] | None = None) -> Entry:
+    """End the canary; the champion stays live, so nothing is restored. `evidence` holds the numbers that spoke against it."""
+    state = Ledger(store).state()
+    if state.canary is None:
+        raise ReleaseError("there is no canary to abort.", fix="Look at `ragline status`.")
+    named = {"canary": state.canary.snapshot_id, **(evidence or {})}
+    return _mark(store, Action.ABORT, after=state.number, actor=actor, reason=reason, evidence=named)
+
+
+def override_of(store: Store, release: Release, *, now: datetime | None = None) -> Override | None:
+    """The override that a release stands on; None when it was promoted by verdicts, or passed every gate against its champion after all."""
+    champion = release.evidence.get("champion")
+    if not release.evidence.get("override") or passed(store, release.snapshot_id, release.manifest_sha256, champion=champion):
+        return None
+    expires_at = str(release.evidence["override_expires_at"])
+    return Override(release.number, expires_at, (now or datetime.now(UTC)) >= datetime.fromisoformat(expires_at))
+
+
+def _check_free(state: State, snapshot_id: str) -> None:
+    if state.holds:
+        hold = state.holds[-1]
+        raise PromotionRefused(
+            f"a hold blocks every promotion: entry {hold.number} by {hold.actor}, {hold.reason!r}.",
+            fix="Lift it with `ragline lift --reason`.",
+            code="held",
+        )
+    if snapshot_id in state.collected:
+        raise PromotionRefused(
+            f"{snapshot_id} was given up by `ragline gc`.", fix="Finish that with `ragline gc`, then build it again.", code="collected"
+        )
+
+
+def _required(store: Store, state: State, manifest: Manifest, gates: Sequence[str], *, gate: Gate, now: datetime) -> list[Verdict]:
     champion = state.champion.snapshot_id if state.champion else None
-    if verdict.champion != champion:
-        raise PromotionRefused(f"{snapshot_id} was compared with {verdict.champion}, but {champion} is live now.", fix=evaluate)
+    verdicts = [
+        require_pass(
+            store,
+            name,
+            snapshot_id=manifest.snapshot_id,
+            manifest_sha256=manifest.sha256,
+            champion=champion,
+            max_age_days=gate.max_age_days,
+            now=now,
+        )
+        for name in gates
+    ]
+    if len({verdict.eval_set_sha256 for verdict in verdicts}) > 1:
+        raise PromotionRefused(
+            f"the verdicts of {manifest.snapshot_id} were given on different eval sets.",
+            fix="Run the gates again: `ragline run`.",
+            code="verdict_foreign",
+        )
+    for verdict in verdicts:
+        _check_terms(verdict, gate)
+    return verdicts
+
+
+def _check_terms(verdict: Verdict, gate: Gate) -> None:
+    """Refuse a verdict that was given on easier terms than those of `gate`; rules that are not named here have no setting."""
+    asked = {
+        "enough_queries": gate.min_queries,
+        "enough_traffic": gate.min_queries,
+        "non_inferiority": -gate.margin,
+        "no_slice_worse": -gate.slice_margin,
+        "mrr_floor": gate.mrr_floor,
+        "ann_recall": gate.ann_recall_floor,
+        _CEILING: gate.warm_up_p95_ms,
+    }
+    for rule in verdict.rules:
+        name, required = rule["name"], rule["required"]
+        now = asked.get(name, required)
+        if required > now if name == _CEILING else required < now:
+            raise PromotionRefused(
+                f"the {verdict.gate.replace('_', ' ')} verdict of {verdict.snapshot_id} was given with {name} at {required:g}; "
+                f"the gate asks for {now:g} now.",
+                fix="Run the gates again: `ragline run`.",
+                code="verdict_outdated",
+            )
+
+
+def _overridden(store: Store, state: State, manifest: Manifest, *, actor: str, reason: str, now: datetime) -> list[Verdict]:
+    if not (reason.strip() and actor.strip()):
+        raise PromotionRefused(
+            "an override needs a reason and an actor.", fix="Give --reason; RAGLINE_ACTOR says who acts.", code="override_incomplete"
+        )
+    standing = override_of(store, state.champion, now=now) if state.champion else None
+    if standing and standing.expired:
+        raise PromotionRefused(
+            f"release {standing.number} stands on an override that expired at {standing.expires_at}; another is not accepted.",
+            fix="Promote a snapshot that passes, roll back, or let the gates judge the release: `ragline run`.",
+            code="override_expired",
+        )
+    found = [trusted_verdict(store, manifest.snapshot_id, name) for name in GATES]
+    return [verdict for verdict in found if verdict]
+
+
+def _as_evidence(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """Verdicts under the name of their gate; retrieval quality, which every release rests on, is `verdict`."""
+    given = {verdict.gate: asdict(verdict) for verdict in verdicts}
+    return {"verdict": given.pop(RETRIEVAL_QUALITY, None), **given}
 
 
 def _check_shrink(store: Store, manifest: Manifest, state: State, gate: Gate) -> None:
@@ -87,6 +206,7 @@ def _check_shrink(store: Store, manifest: Manifest, state: State, gate: Gate) ->
         raise PromotionRefused(
             f"{manifest.snapshot_id} has {manifest.rows} rows, the champion {rows}: more than {gate.max_shrink:.0%} fewer.",
             fix="Check the source, or promote with --allow-shrink.",
+            code="corpus_shrunk",
         )
 
 
@@ -94,10 +214,10 @@ def rollback(store: Store, *, actor: str, reason: str, to: str | None = None) ->
     """Make the previous snapshot (or an earlier one, by `to`) live again. It needs no verdict: it was live before. Holds do not block it."""
     ledger = Ledger(store)
     state = ledger.state()
-    earlier = {release.snapshot_id: release for release in state.line[:-1]}
-    if not earlier:
+    earlier = {release.snapshot_id: release for release in state.line[:-1] if release.snapshot_id not in state.collected}
+    if not state.previous:
         raise NoPrevious("there is no earlier release to roll back to.", fix="Look at `ragline releases`.")
-    target = to or state.line[-2].snapshot_id
+    target = to or state.previous.snapshot_id
     if target not in earlier:
         raise NoPrevious(f"{target} is not an earlier release.", fix=f"Choose one of: {', '.join(earlier)}.")
     manifest = verify(store, target)
@@ -114,20 +234,36 @@ def rollback(store: Store, *, actor: str, reason: str, to: str | None = None) ->
     )
 
 
-def hold(store: Store, *, actor: str, reason: str) -> Entry:
-    """Make every promotion refuse until lifted."""
-    return _mark(store, Action.HOLD, actor=actor, reason=reason)
+def hold(store: Store, *, actor: str, reason: str, evidence: Mapping[str, Any] | None = None) -> Entry:
+    """Make every promotion refuse until lifted. `evidence` holds what was found, such as drift findings with their numbers."""
+    return _mark(store, Action.HOLD, after=Ledger(store).last_number(), actor=actor, reason=reason, evidence=evidence)
 
 
 def lift(store: Store, *, actor: str, reason: str) -> Entry:
-    """End all holds."""
-    if not Ledger(store).state().holds:
+    """End all holds; the entry names them."""
+    state = Ledger(store).state()
+    if not state.holds:
         raise ReleaseError("there is no hold to lift.", fix="Look at `ragline status`.")
-    return _mark(store, Action.LIFT, actor=actor, reason=reason)
+    lifted = {"lifted": [hold.number for hold in state.holds]}
+    return _mark(store, Action.LIFT, after=state.number, actor=actor, reason=reason, evidence=lifted)
 
 
-def _mark(store: Store, action: Action, *, actor: str, reason: str) -> Entry:
+def pin(store: Store, snapshot_id: str, *, actor: str, reason: str) -> Entry:
+    """Never collect this snapshot until it is unpinned; ReleaseError for one that was given up already."""
+    after = Ledger(store).last_number()
+    manifest = verify(store, snapshot_id)
+    return _mark(store, Action.PIN, after=after, actor=actor, reason=reason, snapshot_id=snapshot_id, manifest_sha256=manifest.sha256)
+
+
+def unpin(store: Store, snapshot_id: str, *, actor: str, reason: str) -> Entry:
+    """Let a pinned snapshot be collected when nothing else keeps it."""
+    state = Ledger(store).state()
+    if snapshot_id not in state.pinned:
+        raise SnapshotError(f"{snapshot_id} is not pinned.", fix="Look at `ragline status`.")
+    return _mark(store, Action.UNPIN, after=state.number, actor=actor, reason=reason, snapshot_id=snapshot_id)
+
+
+def _mark(store: Store, action: Action, *, after: int, actor: str, reason: str, **named: Any) -> Entry:
     if not reason.strip():
         raise ReleaseError(f"a {action} needs a reason.", fix="Give --reason.")
-    ledger = Ledger(store)
-    return ledger.append(action, after=ledger.last_number(), actor=actor, reason=reason)
+    return Ledger(store).append(action, after=after, actor=actor, reason=reason, **named)

@@ -27,6 +27,9 @@ class Action(StrEnum):
     ROLLBACK = "rollback"
     HOLD = "hold"
     LIFT = "lift"
+    PIN = "pin"
+    UNPIN = "unpin"
+    COLLECT = "collect"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,8 @@ class Release:
 class State:
     """What the ledger says now. `line` is the promoted snapshots still in force, oldest first: a rollback removes from its end.
 
-    `withdrawn` are the snapshots that a rollback removed and nobody promoted again.
+    `withdrawn` are the snapshots that a rollback removed and nobody promoted again, `pinned` those that are never collected, `collected`
+    those that were given up for good: their bytes may be gone, so no later entry may name them.
     """
 
     number: int = 0
@@ -78,6 +82,14 @@ class State:
     canary: Release | None = None
     holds: tuple[Entry, ...] = ()
     withdrawn: frozenset[str] = frozenset()
+    pinned: frozenset[str] = frozenset()
+    collected: frozenset[str] = frozenset()
+
+    @property
+    def kept(self) -> frozenset[str]:
+        """Snapshots that must never be collected: live, previous, canary and pinned."""
+        standing = {release.snapshot_id for release in (self.champion, self.previous, self.canary) if release}
+        return self.pinned | standing
 
     @property
     def champion(self) -> Release | None:
@@ -85,7 +97,9 @@ class State:
 
     @property
     def previous(self) -> Release | None:
-        return self.line[-2] if len(self.line) > 1 else None
+        """Where a rollback leads: the newest earlier release of another snapshot that was not collected."""
+        gone = self.collected | ({self.champion.snapshot_id} if self.champion else set())
+        return next((release for release in reversed(self.line[:-1]) if release.snapshot_id not in gone), None)
 
 
 def fold(entries: Sequence[Entry]) -> State:
@@ -98,28 +112,56 @@ def fold(entries: Sequence[Entry]) -> State:
 
 def _apply(state: State, entry: Entry) -> State:
     state = replace(state, number=entry.number)
-    if entry.action is Action.HOLD:
-        return replace(state, holds=(*state.holds, entry))
-    if entry.action is Action.LIFT:
-        return replace(state, holds=())
-    if entry.action is Action.ABORT:
-        return replace(state, canary=None)
+    match entry.action:
+        case Action.HOLD:
+            return replace(state, holds=(*state.holds, entry))
+        case Action.LIFT:
+            return replace(state, holds=())
+        case Action.ABORT:
+            return replace(state, canary=None)
+        case Action.COLLECT:
+            return _collect(state, entry)
+        case Action.UNPIN:
+            return replace(state, pinned=state.pinned - {entry.snapshot_id})
+        case _:
+            return _name_snapshot(state, entry)
+
+
+def _name_snapshot(state: State, entry: Entry) -> State:
     if entry.snapshot_id is None or entry.manifest_sha256 is None:
         raise ReleaseError(f"ledger entry {entry.number} ({entry.action}) names no snapshot.", fix="Restore the ledger from a backup.")
     release = Release(entry.snapshot_id, entry.manifest_sha256, entry.number, entry.evidence)
+    if release.snapshot_id in state.collected:
+        raise ReleaseError(f"ledger entry {entry.number} names {release.snapshot_id}, which was collected.", fix="Choose another snapshot.")
+    if entry.action is Action.PIN:
+        return replace(state, pinned=state.pinned | {release.snapshot_id})
     if entry.action is Action.CANARY:
         return replace(state, canary=release)
     if entry.action is Action.PROMOTE:
         return replace(state, line=(*state.line, release), canary=None, withdrawn=state.withdrawn - {release.snapshot_id})
+    return _roll_back(state, release)
+
+
+def _roll_back(state: State, release: Release) -> State:
     kept = [index for index, past in enumerate(state.line[:-1]) if past.snapshot_id == release.snapshot_id]
     if not kept:
         raise ReleaseError(
-            f"ledger entry {entry.number} rolls back to {release.snapshot_id}, which was not live before the champion.",
+            f"ledger entry {release.number} rolls back to {release.snapshot_id}, which was not live before the champion.",
             fix="Restore the ledger from a backup.",
         )
-    line = (*state.line[: kept[-1]], replace(state.line[kept[-1]], number=entry.number))
+    line = (*state.line[: kept[-1]], replace(state.line[kept[-1]], number=release.number))
     withdrawn = state.withdrawn | {past.snapshot_id for past in state.line[kept[-1] + 1 :]} - {past.snapshot_id for past in line}
     return replace(state, line=line, canary=None, withdrawn=withdrawn)
+
+
+def _collect(state: State, entry: Entry) -> State:
+    given_up = frozenset(entry.evidence.get("snapshots", ()))
+    if standing := given_up & state.kept:
+        raise ReleaseError(
+            f"ledger entry {entry.number} collects {min(standing)}, which is live, previous, canary or pinned.",
+            fix="Look at `ragline releases` and try again.",
+        )
+    return replace(state, collected=state.collected | given_up)
 
 
 class Ledger:

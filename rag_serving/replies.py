@@ -63,6 +63,11 @@ class QueryReply(RetrieveReply):
     abstained: bool
 
 
+class FeedbackReply(Reply):
+    queued: bool
+    trace_id: str
+
+
 class ReleasedSnapshot(Reply):
     number: int
     snapshot_id: str

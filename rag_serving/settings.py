@@ -39,7 +39,19 @@ class ModelSpec(_Frozen):
 
 
 class Corpus(_Frozen):
-    source: str = Field("sample:", description="sample:, sample:small, folder:PATH, jsonl:PATH or beir:PATH")
+    source: str = Field(
+        "sample:", description="sample:, sample:small, folder:PATH, jsonl:PATH, beir:PATH, urls:FILE, s3://... or fsspec:URL"
+    )
+    private_hosts: tuple[str, ...] = Field((), description="Hosts that urls: may read although their address is not public, as host:port.")
+
+
+class Parsing(_Frozen):
+    """What one item of a source may cost; over it, the item is quarantined and the run goes on."""
+
+    timeout_seconds: float = Field(30.0, gt=0)
+    memory_mb: int = Field(1024, ge=64, description="Memory that parsing one item may take, in MiB.")
+    max_bytes: int = Field(50_000_000, gt=0, description="Largest item.")
+    max_pages: int = Field(5000, gt=0, description="Most pages, slides or sheets.")
 
 
 class EvalSetChoice(_Frozen):
@@ -48,7 +60,17 @@ class EvalSetChoice(_Frozen):
 
 
 class Chunking(_Frozen):
+    strategy: Literal["structure", "sentence", "fixed"] = Field(
+        "structure", description="structure: at headings, paragraphs, sentences; sentence: whole sentences; fixed: words."
+    )
     max_tokens: int = Field(240, ge=16, le=8192, description="Longest chunk, in tokens of the default embedding model.")
+    overlap: int = Field(0, ge=0, le=4096, description="Tokens that a chunk may repeat of the one before.")
+
+    @model_validator(mode="after")
+    def _moves_on(self) -> "Chunking":
+        if self.overlap > self.max_tokens // 2:
+            raise ValueError(f"overlap {self.overlap} is more than half of max_tokens {self.max_tokens}")
+        return self
 
 
 class Index(_Frozen):
@@ -56,6 +78,8 @@ class Index(_Frozen):
     m: int = Field(20, ge=4, le=128)
     ef_construction: int = Field(300, ge=16, le=2000)
     ef: int = Field(256, ge=16, le=4000)
+    rebuild_share: float = Field(0.2, ge=0, le=1, description="Changed rows since the last full build, as a share, from which one is due.")
+    rebuild_after: int = Field(8, ge=0, le=100, description="Incremental builds that may follow a full one.")
 
 
 class Weights(_Frozen):
@@ -100,8 +124,32 @@ class Gate(_Frozen):
     alpha: float = Field(0.05, gt=0, lt=0.5)
     min_queries: int = Field(300, ge=1)
     ann_recall_floor: float = Field(0.95, ge=0, le=1)
+    slice_margin: float = Field(0.05, gt=0, lt=1, description="Largest MRR loss of a slice of queries that may be significant.")
+    slice_min_queries: int = Field(50, ge=2, description="Slices of fewer queries are not compared.")
     max_age_days: float = Field(7.0, gt=0)
     max_shrink: float = Field(0.2, ge=0, le=1, description="Largest share of rows a promotion may lose.")
+    warm_up_p95_ms: float = Field(10.0, gt=0, description="The vector search of a warmed snapshot stays below this.")
+    override_hours: float = Field(24.0, gt=0, description="How long a release may stand on an override.")
+
+
+class Retention(_Frozen):
+    keep: int = Field(3, ge=1, description="Newest snapshots of each embedding model that are kept in any case.")
+    unused_days: float = Field(30.0, ge=1, description="Embeddings that no snapshot uses are kept this long.")
+
+
+class Drift(_Frozen):
+    alpha: float = Field(0.01, gt=0, lt=0.5, description="Error rate of the query and corpus drift tests.")
+    cosine_floor: float = Field(0.999, gt=0, le=1, description="Lowest mean cosine of stored vectors with those of the same texts now.")
+    probes: int = Field(200, ge=10, le=10_000, description="Texts of the champion that are embedded again.")
+    window: int = Field(500, ge=50, le=5000, description="Queries or passages on each side of a drift test.")
+    max_age_days: float = Field(30.0, gt=0, description="A champion built longer ago, when a newer corpus is there, is stale.")
+    max_diversity_loss: float = Field(0.2, gt=0, lt=1, description="Largest share of distinct documents in results that may be lost.")
+    automatic_rollback: bool = Field(False, description="Roll back by itself when the champion falls below the floor; else it is proposed.")
+    drill_budget_seconds: float = Field(30.0, gt=0, description="Longest time a rollback drill may take.")
+
+
+class Alerts(_Frozen):
+    format: Literal["auto", "generic", "slack"] = Field("auto", description="auto: Slack's body for a Slack host, else plain JSON.")
 
 
 class Serving(_Frozen):
@@ -126,6 +174,10 @@ class Places(_Frozen):
     dagster_port: int = Field(3000, ge=0, le=65535)
     mlflow_port: int = Field(5000, ge=0, le=65535)
     embedder_url: str | None = Field(None, description="The embedding service; default http://<host>:<embedder_port>.")
+    alert_url: SecretStr | None = Field(None, description="A webhook that hears of holds, rollbacks and failed drills.")
+    llm_url: str | None = Field(None, description="An OpenAI-compatible endpoint, ending in /v1, that writes synthetic queries.")
+    llm_model: str | None = Field(None, description="The model to ask there.")
+    llm_key: SecretStr | None = Field(None, description="Its key, if it wants one.")
     actor: str | None = Field(None, description="Who acts, for the ledger; default: the login name.")
 
 
@@ -133,10 +185,14 @@ class Settings(_Frozen):
     root: Path = Field(description="Folder of ragline.toml; relative paths start here.")
     corpus: Corpus = Corpus()
     eval: EvalSetChoice = EvalSetChoice()
+    parsing: Parsing = Parsing()
     chunking: Chunking = Chunking()
     index: Index = Index()
     retrieval: Retrieval = Retrieval()
     gate: Gate = Gate()
+    retention: Retention = Retention()
+    drift: Drift = Drift()
+    alerts: Alerts = Alerts()
     serving: Serving = Serving()
     models: tuple[ModelSpec, ...] = ()
     default_models: tuple[str, ...] = Field((), description="Models that `ragline run` uses when none are named; the first is the default.")

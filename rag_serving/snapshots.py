@@ -4,9 +4,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,16 @@ TABLE = "chunks"
 _PREFIX = "snapshots"
 _ID = re.compile(r"[a-z0-9][a-z0-9-]{7,63}")
 _BLOCK = 1 << 20
+_VERSION_HINT = "latest_version_hint.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """What a snapshot is: `files` maps each path to its sha256 and size, `build_key` hashes every input of the build.
 
-    `index` holds how vectors are searched, `retrieval` how signals are fused: what was measured is what is served.
+    `index` holds how vectors are searched, `retrieval` how signals are fused: what was measured is what is served. `built` is "full" or
+    "incremental"; an incremental one began as its `parent`, and `delta` counts the rows that were added, changed and removed, all such rows
+    since the last full build, and the builds since then. Format 1 knew neither `built` nor `delta`.
     """
 
     build_key: str
@@ -43,10 +47,15 @@ class Manifest:
     lancedb: str
     built_at: str
     files: Mapping[str, Mapping[str, Any]]
-    format: int = 1
+    built: str = "full"
+    delta: Mapping[str, int] = field(default_factory=dict)
+    format: int = 2
 
     def encode(self) -> bytes:
-        return json.dumps(asdict(self), sort_keys=True, indent=2).encode()
+        fields = asdict(self)
+        if self.format == 1:
+            fields = {name: value for name, value in fields.items() if name not in ("built", "delta")}
+        return json.dumps(fields, sort_keys=True, indent=2).encode()
 
     @property
     def sha256(self) -> str:
@@ -145,10 +154,41 @@ def verify(store: Store, snapshot_id: str) -> Manifest:
     return manifest
 
 
-def find_by_build_key(store: Store, build_key: str) -> Manifest | None:
-    """The verified snapshot that was built from the same inputs, if there is one; a damaged one does not count, so it can be built again."""
+def manifests(store: Store) -> Iterator[Manifest]:
+    """Every manifest that can be read; a damaged one is passed over."""
     for snapshot_id in snapshot_ids(store):
         with suppress(SnapshotError):
-            if read_manifest(store, snapshot_id).build_key == build_key:
-                return verify(store, snapshot_id)
+            yield read_manifest(store, snapshot_id)
+
+
+def find_by_build_key(store: Store, build_key: str) -> Manifest | None:
+    """The verified snapshot that was built from the same inputs, if there is one; a damaged one does not count, so it can be built again."""
+    for manifest in manifests(store):
+        if manifest.build_key == build_key:
+            with suppress(SnapshotError):
+                return verify(store, manifest.snapshot_id)
     return None
+
+
+def link_files(source: Path, target: Path) -> None:
+    """Put every file of a snapshot but its manifest below `target`, as hard links; as copies where the file system has no links."""
+    for path in sorted(source.rglob("*")):
+        name = path.relative_to(source)
+        if path.is_file() and name.as_posix() != MANIFEST:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(path, target / name, follow_symlinks=False)
+            except OSError:
+                shutil.copy2(path, target / name, follow_symlinks=False)
+
+
+def check_inherited(folder: Path, files: Mapping[str, Mapping[str, Any]], parent: Path, manifest: Manifest) -> None:
+    """SnapshotError when a file that `folder` has from its parent is not as the parent's manifest says; `files` are the hashes of `folder`.
+
+    LanceDB never writes a file twice but its hint of the latest version, which it replaces by another file of that name.
+    """
+    for name, entry in files.items():
+        if entry == manifest.files.get(name, entry):
+            continue
+        if not name.endswith(_VERSION_HINT) or (parent / name).samefile(folder / name):
+            raise SnapshotError(f"{name} was altered in snapshot {manifest.snapshot_id}.", fix="Restore that snapshot, or remove it.")

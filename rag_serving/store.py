@@ -7,9 +7,10 @@ import errno
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -32,6 +33,9 @@ class Store(Protocol):
     def create(self, key: str, data: bytes) -> None:
         """Put `data` under `key` only if the key is free; AlreadyExists otherwise. Of two callers at once exactly one succeeds."""
 
+    def remove(self, key: str) -> None:
+        """Take away the bytes or the folder under `key`, at once for every reader; nothing happens when there are none."""
+
     def exists(self, key: str) -> bool:
         """Whether bytes or a folder stand under `key`."""
 
@@ -43,6 +47,15 @@ class Store(Protocol):
 
     def publish(self, folder: Path, key: str) -> None:
         """Make a staged folder durable and visible as `key` in one step; AlreadyExists when the key is taken."""
+
+    def idle_days(self, key: str) -> float:
+        """Days since anything under `key` last changed; StoreError when there is nothing."""
+
+    def leftovers(self, *, idle_days: float) -> dict[str, int]:
+        """What interrupted work left behind and nobody touched for so long: its name and its size in bytes."""
+
+    def discard(self, leftover: str) -> None:
+        """Free the bytes of a leftover."""
 
     def folder(self, key: str) -> Path:
         """A local folder that holds the published files of `key`; StoreError when there is none."""
@@ -85,6 +98,21 @@ class LocalStore:
         finally:
             temporary.unlink(missing_ok=True)
 
+    def remove(self, key: str) -> None:
+        path = self._path(key)
+        gone = path.parent / f"{_STAGING}{path.name}-{uuid.uuid4().hex[:8]}"
+        try:
+            path.rename(gone)
+            sync_folder(path.parent)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise self._unwritable(key, error) from None
+        if gone.is_dir():
+            shutil.rmtree(gone, ignore_errors=True)
+        else:
+            gone.unlink(missing_ok=True)
+
     def exists(self, key: str) -> bool:
         return self._path(key).exists()
 
@@ -117,6 +145,32 @@ class LocalStore:
             if folder.exists() and path.exists():
                 raise AlreadyExists(f"{key!r} is already in the store.", fix="Open what is there.") from None
             raise self._unwritable(key, error) from None
+
+    def idle_days(self, key: str) -> float:
+        path = self._path(key)
+        if not path.exists():
+            raise StoreError(f"{key!r} is not in the store at {self.root}.", fix="Run `ragline status` to see what is.")
+        return (time.time() - max(each.lstat().st_mtime for each in (path, *path.rglob("*")))) / 86400
+
+    def leftovers(self, *, idle_days: float) -> dict[str, int]:
+        found = {}
+        for parent, folders, files in os.walk(self.root):
+            left = [name for name in (*folders, *files) if name.startswith(_STAGING)]
+            folders[:] = [name for name in folders if name not in left]
+            for path in (Path(parent) / name for name in left):
+                entries = [path, *path.rglob("*")]
+                with suppress(FileNotFoundError):
+                    states = [entry.lstat() for entry in entries]
+                    if time.time() - max(state.st_mtime for state in states) >= idle_days * 86400:
+                        found[path.relative_to(self.root).as_posix()] = sum(state.st_size for state in states)
+        return found
+
+    def discard(self, leftover: str) -> None:
+        path = self.root / leftover
+        if not path.name.startswith(_STAGING) or ".." in path.parts:
+            raise StoreError(f"{leftover!r} is not unfinished work.", fix="Give a name that `leftovers` found.")
+        shutil.rmtree(path, ignore_errors=True)
+        path.unlink(missing_ok=True)
 
     def folder(self, key: str) -> Path:
         path = self._path(key)

@@ -17,7 +17,7 @@ from rag_serving.releases import Ledger
 from rag_serving.settings import Gate, Index, ModelSpec, Retrieval
 from rag_serving.snapshots import Manifest
 from rag_serving.store import Store
-from rag_serving.verdicts import RETRIEVAL_QUALITY, Verdict, write_verdict
+from rag_serving.verdicts import COMPARING, GATES, RETRIEVAL_QUALITY, Verdict, write_verdict
 
 SPEC = ModelSpec(name="hashing-64", source="hashing:64", dims=64, max_tokens=256)
 MODEL = load_model(SPEC, Path())
@@ -85,8 +85,15 @@ def verdict_of(store: Store, manifest: Manifest, **changes: Any) -> Verdict:
     return Verdict(**{**fields, **changes})
 
 
+def pass_gates(store: Store, manifest: Manifest, **changes: Any) -> None:
+    """Fresh PASS verdicts of every gate, the warm-up one without a champion, each with `changes`."""
+    for gate in GATES:
+        alone: dict[str, Any] = {} if gate in COMPARING else {"champion": None}
+        write_verdict(store, verdict_of(store, manifest, **{"gate": gate, **changes, **alone}))
+
+
 def pass_and_promote(store: Store, manifest: Manifest, **changes: Any):
-    write_verdict(store, verdict_of(store, manifest))
+    pass_gates(store, manifest)
     return promote(store, manifest.snapshot_id, **{"gate": GATE, "actor": "tester", "reason": "better", **changes})
 
 

@@ -11,7 +11,7 @@ from evals.bench.rig import Rig
 from evals.collections import EvalSet
 from evals.metrics import summarise
 from rag_assets import ingestion, steps
-from rag_assets.evaluation import BM25_ALONE, DENSE_ALONE, measure
+from rag_assets.measurement import BM25_ALONE, DENSE_ALONE, measure
 from rag_assets.workbench import Workbench
 from rag_serving.retrieval import Retriever
 from rag_serving.settings import Settings

@@ -1,11 +1,13 @@
-"""Running the line and its processes: run, up, serve, embedder, doctor."""
+"""Running the line and its processes: run, quarantine, up, serve, embedder, doctor."""
 
 import os
+import sys
 import time
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from rag_assets.commands import Json, chosen_models, console, errors, print_json
 from rag_serving.settings import load_settings
@@ -40,6 +42,7 @@ def run(
                 "embedded": result.computed,
                 "snapshots_built": result.built,
                 "promoted": result.promoted,
+                "unmeasured": [manifest.snapshot_id for manifest in result.unmeasured],
                 "refusal": str(result.refusal) if result.refusal else None,
                 "standings": [{**asdict(s.evaluation), "status": s.status, "reason": s.reason} for s in result.standings],
             }
@@ -48,6 +51,21 @@ def run(
         report_run(console, bench, result, seconds=time.perf_counter() - started)
     if result.refusal:
         raise typer.Exit(1)
+
+
+@commands.command()
+def quarantine(as_json: Json = False) -> None:
+    """Items of the source that could not become documents, with the reason of each."""
+    from rag_assets.ingestion import quarantined
+    from rag_assets.workbench import Workbench
+
+    reasons, items = quarantined(Workbench(load_settings()), most=sys.maxsize)
+    if as_json:
+        print_json({"reasons": reasons, "items": items})
+    for item in () if as_json else items:
+        console.print(f"[bold]{item['reason']}[/]  {escape(item['item'])}  [dim]{escape(item['detail'])}[/]", highlight=False)
+    if not (items or as_json):
+        console.print("Nothing is quarantined.")
 
 
 @commands.command()

@@ -1,4 +1,4 @@
-"""What is live and how it changes: status, promote, rollback, hold, lift, releases."""
+"""What is live and how it changes: status, promote, canary, abort, rollback, hold, lift, releases, explain, pin, unpin, gc."""
 
 import time
 from collections.abc import Callable
@@ -31,10 +31,30 @@ def promote(
     as_json: Json = False,
 ) -> None:
     """Promote a snapshot; its evidence is verified again at this moment."""
-    from rag_assets.status import promote_named
+    from rag_assets.rounds import promote_named
 
     _changed(
         lambda settings: promote_named(settings, snapshot, override=override, allow_shrink=allow_shrink, reason=reason), as_json=as_json
+    )
+
+
+@commands.command()
+def canary(snapshot: Annotated[str, typer.Argument(help="Snapshot id or model name.")], reason: Reason, as_json: Json = False) -> None:
+    """Name a snapshot the canary, beside the champion; it needs PASS verdicts of retrieval quality and warm-up."""
+    from rag_assets.rounds import start_canary_named
+
+    _changed(lambda settings: start_canary_named(settings, snapshot, reason=reason), as_json=as_json, moves_release=False)
+
+
+@commands.command()
+def abort(reason: Reason, as_json: Json = False) -> None:
+    """End the canary; the champion stays live."""
+    from rag_serving import promotion
+
+    _changed(
+        lambda settings: promotion.abort(opened_store(settings), actor=acting(settings), reason=reason),
+        as_json=as_json,
+        moves_release=False,
     )
 
 
@@ -77,17 +97,67 @@ def lift(reason: Reason, as_json: Json = False) -> None:
 
 @commands.command()
 def releases(as_json: Json = False) -> None:
-    """The ledger, newest first."""
+    """The ledger, newest first, with what every release stands on."""
     from rag_assets.terminal import releases_table
     from rag_serving.releases import Ledger
 
-    entries = Ledger(opened_store(load_settings())).entries()
+    store = opened_store(load_settings())
+    entries = Ledger(store).entries()
     if as_json:
         print_json({"entries": [asdict(entry) for entry in entries]})
     elif entries:
-        console.print(releases_table(entries))
+        console.print(releases_table(store, entries))
     else:
         console.print("The ledger is empty. Make the first release with `ragline run`.")
+
+
+@commands.command()
+def explain(number: Annotated[int, typer.Argument(help="Number of a ledger entry.")], as_json: Json = False) -> None:
+    """All the evidence of one entry: who, when, what was compared, every rule with its number."""
+    from rag_assets import explain as explanation
+
+    facts = explanation.explain(opened_store(load_settings()), number)
+    print_json(facts) if as_json else explanation.print_explanation(console, facts)
+
+
+@commands.command()
+def pin(snapshot: str, reason: Reason, as_json: Json = False) -> None:
+    """Never collect this snapshot."""
+    from rag_serving import promotion
+
+    _changed(
+        lambda settings: promotion.pin(opened_store(settings), snapshot, actor=acting(settings), reason=reason),
+        as_json=as_json,
+        moves_release=False,
+    )
+
+
+@commands.command()
+def unpin(snapshot: str, reason: Reason, as_json: Json = False) -> None:
+    """Let a pinned snapshot be collected."""
+    from rag_serving import promotion
+
+    _changed(
+        lambda settings: promotion.unpin(opened_store(settings), snapshot, actor=acting(settings), reason=reason),
+        as_json=as_json,
+        moves_release=False,
+    )
+
+
+@commands.command()
+def gc(dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False, as_json: Json = False) -> None:
+    """Collect snapshots, evidence and leftovers that nothing needs; live, previous, canary and pinned ones always stay."""
+    from rag_assets import retention
+    from rag_assets.terminal import print_collection
+
+    settings = load_settings()
+    store = opened_store(settings)
+    decided = retention.plan(store, settings.retention)
+    entry = None if dry_run else retention.collect(store, decided, actor=acting(settings))
+    if as_json:
+        print_json({"dry_run": dry_run, "entry": entry.number if entry else None, **asdict(decided)})
+    else:
+        print_collection(console, decided, dry_run=dry_run)
 
 
 def _changed(change: Callable[[Settings], Any], *, as_json: bool, moves_release: bool = True) -> None:

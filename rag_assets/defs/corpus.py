@@ -1,58 +1,57 @@
-"""From a source to chunks."""
+"""From a source to chunks, and what must hold of them."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import dagster as dg
 
 from rag_assets import ingestion
-from rag_assets.contracts import CONTRACTS, Expectation, check_contract
-from rag_assets.corpus import Table, read_table
+from rag_assets.chunking import CHUNKER_VERSION
+from rag_assets.conservation import conservation
+from rag_assets.duplicates import profile_documents
+from rag_assets.ingestion import Ingested
+from rag_assets.parsing import PARSER_VERSION
 from rag_assets.workbench import Workbench
 
 
-def _result(table: Table, **metadata: Any) -> dg.MaterializeResult:
-    facts: dict[str, Any] = {"dagster/row_count": table.rows, "reused": table.reused, "content_sha256": table.content_sha256, **metadata}
-    return dg.MaterializeResult(metadata=facts, data_version=dg.DataVersion(table.content_sha256))
+def _result(made: Ingested, **metadata: Any) -> dg.MaterializeResult:
+    table = made.table
+    facts: dict[str, Any] = {"dagster/row_count": table.rows, "as_before": table.reused, "content_sha256": table.content_sha256}
+    return dg.MaterializeResult(metadata={**facts, **made.counts, **metadata}, data_version=dg.DataVersion(table.content_sha256))
 
 
-@dg.asset(group_name="corpus", kinds={"file"}, code_version="1")
+@dg.asset(group_name="corpus", kinds={"file"}, code_version="2")
 def source_files(bench: dg.ResourceParam[Workbench]) -> dg.MaterializeResult:
-    """The files of the configured source, with hash and size."""
+    """What the configured source holds, by uri and version; nothing is parsed yet."""
     return _result(ingestion.list_source_files(bench), source=bench.settings.corpus.source)
 
 
-@dg.asset(group_name="corpus", kinds={"parquet"}, code_version="1", deps=[source_files])
+@dg.asset(group_name="corpus", kinds={"parquet"}, code_version=PARSER_VERSION, deps=[source_files])
 def documents(bench: dg.ResourceParam[Workbench]) -> dg.MaterializeResult:
-    """One parsed text per document, with title, uri and metadata."""
-    return _result(ingestion.parse_documents(bench))
+    """One parsed text per document, with title, uri and metadata; what could not be parsed is in quarantine, by name and reason."""
+    made = ingestion.parse_documents(bench)
+    reasons, first = ingestion.quarantined(bench)
+    profile = profile_documents(bench.store)
+    facts: dict[str, Any] = {"near_duplicates": profile.near_duplicates, "boilerplate": profile.boilerplate, "profiled": profile.profiled}
+    facts |= {"languages": dg.MetadataValue.json(dict(profile.languages)), "near_duplicate_pairs": dg.MetadataValue.json(profile.pairs)}
+    return _result(made, **facts, quarantine=dg.MetadataValue.json({"reasons": reasons, "first": first}))
 
 
-@dg.asset(group_name="corpus", kinds={"parquet"}, code_version="1", deps=[documents])
+@dg.asset(group_name="corpus", kinds={"parquet"}, code_version=CHUNKER_VERSION, deps=[documents])
 def chunks(bench: dg.ResourceParam[Workbench]) -> dg.MaterializeResult:
-    """Passages of the documents, with exact character spans, sized for the default embedding model."""
-    return _result(ingestion.split_chunks(bench), max_tokens=bench.settings.chunking.max_tokens)
+    """Passages of the documents, with exact character spans, sized for the default embedding model; equal documents once."""
+    return _result(ingestion.split_chunks(bench), **bench.settings.chunking.model_dump())
 
 
-def _contract(table_name: str, asset: dg.AssetsDefinition) -> dg.AssetChecksDefinition:
-    expectations: tuple[Expectation, ...] = CONTRACTS[table_name]
-
-    @dg.multi_asset_check(
-        name=f"{table_name}_contract",
-        specs=[dg.AssetCheckSpec(e.name, asset=asset, description=e.promise, blocking=e.critical) for e in expectations],
-    )
-    def contract(bench: dg.ResourceParam[Workbench]) -> Iterable[dg.AssetCheckResult]:
-        _, rows = read_table(bench.store, table_name)
-        for finding in check_contract(expectations, rows):
-            yield dg.AssetCheckResult(
-                check_name=finding.expectation.name,
-                passed=finding.passed,
-                severity=dg.AssetCheckSeverity.ERROR if finding.expectation.critical else dg.AssetCheckSeverity.WARN,
-                metadata=dict(finding.observed),
-            )
-
-    return contract
+@dg.asset_check(asset=chunks, blocking=True, description="Every document with words has a chunk, and every chunk a document.")
+def nothing_lost(bench: dg.ResourceParam[Workbench]) -> dg.AssetCheckResult:
+    found = conservation(bench.store)
+    facts = {"documents": found.documents, "chunks": found.chunks, "aliases": found.aliases, "wordless": found.wordless}
+    facts |= {"lost": found.lost, "orphans": found.orphans, "repeated": found.repeated}
+    return dg.AssetCheckResult(passed=found.holds, metadata={**facts, "examples": dg.MetadataValue.json(found.examples)})
 
 
-documents_contract = _contract("documents", documents)
-chunks_contract = _contract("chunks", chunks)
+@dg.asset_check(asset=chunks, description="The embedding model that sizes the chunks reads each of them whole, title and prompt included.")
+def nothing_truncated(bench: dg.ResourceParam[Workbench]) -> dg.AssetCheckResult:
+    over, total = ingestion.truncation(bench)
+    facts = {"truncated": over, "truncation_rate": over / max(total, 1)}
+    return dg.AssetCheckResult(passed=over == 0, severity=dg.AssetCheckSeverity.WARN, metadata=facts)

@@ -11,6 +11,7 @@ const RELEASE_SECONDS = 5;
 
 const at = (id) => document.getElementById(id);
 let asked = 0;
+let answered = null;
 
 /** An element with a class, children and attributes; strings become text nodes, never markup. */
 function element(tag, className, children = [], attributes = {}) {
@@ -161,6 +162,18 @@ async function fetched(path, options) {
   }
 }
 
+function showThumb(verdict, words = "") {
+  for (const id of ["up", "down"]) at(id).setAttribute("aria-pressed", `${id === verdict}`);
+  at("thanks").textContent = words;
+}
+
+async function thumb(verdict) {
+  const body = JSON.stringify({ ...answered, verdict });
+  const [ok, reply] = await fetched("/v1/feedback", { method: "POST", headers: { "Content-Type": "application/json" }, body });
+  if (!ok) showThumb("", reply.detail);
+  else showThumb(verdict, reply.queued ? "Noted: the question waits for a judgment." : "Noted: this question is known already.");
+}
+
 async function ask(query) {
   const mine = (asked += 1);
   at("main").dataset.state = "asking";
@@ -170,6 +183,8 @@ async function ask(query) {
   const [ok, reply] = await fetched("/v1/query", options);
   if (mine !== asked) return;
   if (ok) {
+    answered = { query, snapshot_id: reply.snapshot_id, doc_ids: [...new Set(reply.hits.map((hit) => hit.doc_id))] };
+    showThumb("");
     showAnswer(reply);
     showHits(reply);
     showTrace(reply);
@@ -225,6 +240,7 @@ at("ask").addEventListener("submit", (event) => {
   history.pushState(null, "", `?${new URLSearchParams({ q: query })}`);
   ask(query);
 });
+for (const verdict of ["up", "down"]) at(verdict).addEventListener("click", () => thumb(verdict));
 window.addEventListener("popstate", askFromAddress);
 document.addEventListener("keydown", (event) => {
   if (event.key !== "/" || event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input")) return;

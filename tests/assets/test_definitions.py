@@ -9,7 +9,18 @@ from rag_assets.definitions import defs
 
 ASSETS = {
     *("source_files", "documents", "chunks", "embeddings", "index_snapshot"),
-    *("eval_set", "retrieval_evaluation", "model_leaderboard", "production_release"),
+    *(
+        "eval_set",
+        "retrieval_evaluation",
+        "model_leaderboard",
+        "quality_gate",
+        "warm_up_gate",
+        "canary",
+        "production_release",
+        "model_registry",
+    ),
+    *("release_ledger", "rollback_drill"),
+    *("champion_evaluation", "embedding_drift", "query_drift", "corpus_drift", "index_health"),
 }
 
 
@@ -26,7 +37,8 @@ def test_the_graph_is_the_one_of_the_design(repository):
         key.to_user_string(): {parent.to_user_string() for parent in graph.get(key).parent_keys} for key in graph.get_all_asset_keys()
     }
     assert parents["retrieval_evaluation"] == {"index_snapshot", "eval_set"}
-    assert parents["production_release"] == {"model_leaderboard"}
+    gates = ("model_leaderboard", "quality_gate", "warm_up_gate", "canary", "production_release")
+    assert [parents[after] for after in gates[1:]] == [{before} for before in gates[:-1]]
     assert parents["source_files"] == set()
 
 
@@ -46,11 +58,13 @@ def test_checks_block_what_follows(repository):
     assert all(specs[name].blocking for name in wanted)
 
 
-def test_jobs_and_the_weekly_schedule(repository):
-    """The three jobs exist, and the schedule runs each default model's evaluation once a week under a key of its own."""
-    assert {"build_and_evaluate", "promote", "rollback"} <= {job.name for job in repository.get_all_jobs()}
-    (schedule,) = repository.schedule_defs
+def test_jobs_and_the_weekly_schedules(repository):
+    """Every job exists; each week the default models are built and measured, and drift is measured in one run after that."""
+    assert {"build_and_evaluate", "promote", "rollback", "weekly_drift"} <= {job.name for job in repository.get_all_jobs()}
     context = dg.build_schedule_context(scheduled_execution_time=datetime(2026, 11, 23, 4, tzinfo=UTC), repository_def=repository)
-    requests = schedule.evaluate_tick(context).run_requests
+    build, drift = (repository.get_schedule_def(name) for name in ("weekly_build", "weekly_drift"))
+    requests = build.evaluate_tick(context).run_requests
     assert {"all-MiniLM-L6-v2", "wordllama-256"} <= {request.partition_key for request in requests}
     assert len({request.run_key for request in requests}) == len(requests)
+    assert [request.run_key for request in drift.evaluate_tick(context).run_requests] == ["2026-W48"]
+    assert build.cron_schedule < drift.cron_schedule

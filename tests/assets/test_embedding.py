@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_line import MODEL, passages
+from small_line import MODEL, SPEC, passages
 
-from rag_assets.embedding import EmbeddingCache, check_vectors, embed, text_key
+from rag_assets import embedding
+from rag_assets.embedding import check_vectors, embed, embed_missing, known_fingerprint, remember_fingerprint
 from rag_serving.errors import ModelError, StoreError
 
 RESUME = """
@@ -114,14 +115,40 @@ def test_a_damaged_segment_is_named(store, encoder):
     assert embed(store, encoder, passages(600)).computed == 88
 
 
-def test_the_same_segment_twice(store):
-    """Two processes that commit the same texts leave one segment."""
-    vectors = MODEL.encode_documents(passages(3))
-    cache = EmbeddingCache(store, MODEL.fingerprint, MODEL.dims)
-    for _ in range(2):
-        cache.add([text_key(text) for text in passages(3)], vectors)
-    assert len(cache.load()) == 3
-    assert len(store.names(f"embeddings/{MODEL.fingerprint[:32]}")) == 1
+def test_texts_come_in_batches_and_leave_by_length(store, encoder, monkeypatch):
+    """More than a window is read twice and never held together: a window is embedded shortest first before the next is filled."""
+    monkeypatch.setattr(embedding, "WINDOW_TEXTS", 100)
+    texts = [text * (1 + number % 5) for number, text in enumerate(passages(250))]
+    read: list[int] = []
+
+    def batches():
+        for start in range(0, 250, 50):
+            read.append(start)
+            yield texts[start : start + 50]
+
+    assert embed_missing(store, encoder, batches) == 250
+    assert read == [0, 50, 100, 150, 200] * 2
+    for window in (encoder.asked[:100], encoder.asked[100:200], encoder.asked[200:]):
+        assert [len(text) for text in window] == sorted(len(text) for text in window)
+    assert set(encoder.asked[:100]) == set(texts[:100])
+    for few in (0, 1):
+        read.clear()
+        texts[70] = f"{few} " * few + texts[70]
+        assert embed_missing(store, encoder, batches) == few
+        assert read == [0, 50, 100, 150, 200]
+
+
+def test_a_fingerprint_is_remembered_for_its_row_alone(store):
+    """A plan may use the fingerprint that a model's row had, but not after a change that could give another, nor for a folder of weights."""
+    assert known_fingerprint(store, SPEC) is None
+    remember_fingerprint(store, SPEC, MODEL.fingerprint)
+    assert known_fingerprint(store, SPEC) == MODEL.fingerprint
+    assert known_fingerprint(store, SPEC.model_copy(update={"dense_scale": 3.0})) == MODEL.fingerprint
+    for change in ({"document_prompt": "passage: "}, {"max_tokens": 128}, {"dtype": "float32"}, {"source": "hashing:65", "dims": 65}):
+        assert known_fingerprint(store, SPEC.model_copy(update=change)) is None
+    folder = SPEC.model_copy(update={"source": "path:weights"})
+    remember_fingerprint(store, folder, "f" * 64)
+    assert known_fingerprint(store, folder) is None
 
 
 def _spoiled(change):

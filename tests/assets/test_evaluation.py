@@ -1,14 +1,30 @@
 """Evaluation: the served path measured, kept, and measured again when it is no longer good for evidence."""
 
 import asyncio
+import hashlib
+import io
 import json
+import math
 from dataclasses import replace
 
+import pyarrow.parquet as pq
 import pytest
 from small_line import MODEL, build, days_ago, passages
 
-from evals.collections import EvalSet, Query
-from rag_assets.evaluation import BM25_ALONE, ann_recall, encode_queries, evaluate, measure, read_evaluation, read_rows, reciprocal_ranks
+from evals.collections import AnswerSpan, EvalSet, Query
+from evals.metrics import QueryRow
+from evals.significance import EvidenceError
+from rag_assets.background import Background
+from rag_assets.evaluation import (
+    evaluate,
+    evaluation_history,
+    query_slices,
+    read_evaluation,
+    read_rows,
+    reciprocal_ranks,
+    write_evaluation,
+)
+from rag_assets.measurement import BM25_ALONE, ann_recall, encode_queries, measure
 from rag_serving.encoding import LocalEncoder
 from rag_serving.errors import ModelMismatch, SnapshotError, StoreError
 from rag_serving.retrieval import Retriever
@@ -53,6 +69,11 @@ def measured(line):
         return asyncio.run(evaluate(store, manifest, eval_set, encoders, **{"k": 5, "max_age_days": 7.0, **changes}))
 
     return store, manifest, run, encoders
+
+
+def query_rows(store, evaluation):
+    """The stored rows as they were scored."""
+    return [QueryRow(**row) for row in read_rows(store, evaluation)]
 
 
 def naive_ranks(store, manifest, *, k: int, fusion=None, words_alone: bool = False):
@@ -117,8 +138,8 @@ def test_stored_evaluation_is_used_while_fresh(measured):
 def test_stale_evaluation_is_measured_again(measured, measured_at):
     """An evaluation too old to carry a promotion, or dated in the future, is not used."""
     store, _, run, encoders = measured
-    key = f"{run().key}/summary.json"
-    store.write(key, json.dumps({**json.loads(store.read(key)), "measured_at": measured_at}).encode())
+    first = run()
+    write_evaluation(store, replace(first, measured_at=measured_at), query_rows(store, first))
     again = run()
     assert (encoders.asked, again.reused) == (2, False)
     assert reciprocal_ranks(store, again)
@@ -149,7 +170,7 @@ def test_damaged_evaluation_is_named(measured):
     evaluation = run()
     rows = next(name for name in store.names(evaluation.key) if name.startswith("queries-"))
     store.write(f"{evaluation.key}/{rows}", b"damaged")
-    with pytest.raises(StoreError, match=rows):
+    with pytest.raises(StoreError, match=f"{rows} is not what was measured"):
         read_rows(store, evaluation)
     (store.root / evaluation.key / rows).unlink()
     with pytest.raises(StoreError, match=rows):
@@ -215,3 +236,137 @@ def test_an_evaluation_by_other_query_code_is_measured_again(measured, monkeypat
     monkeypatch.setattr("rag_assets.evaluation.QUERY_CODE", "query-next")
     assert not run().reused
     assert encoders.asked == 2
+
+
+def test_slices_and_answers_are_kept_with_the_rows(measured):
+    """Each row has its slices and its span scores, so that a verdict needs no eval set; a chunk counts if it holds a whole answer."""
+    store, _, run, _ = measured
+    words = TEXTS[17].split()
+    inside, beyond = AnswerSpan("d17", 0, len(words[0])), AnswerSpan("d3", 0, len(TEXTS[3]) + 1)
+    known = Background({"own words": ("words=6-10",)}, {"own words": (inside,), "own words, two judged": (beyond,)})
+    evaluation = run(background=lambda: known)
+    assert query_slices(store, evaluation) == {query.query_id: known.slices.get(query.query_id, ()) for query in EVAL_SET.queries}
+    scores = {row["query_id"]: (row["span_reciprocal_rank"], row["span_recall"]) for row in read_rows(store, evaluation)}
+    assert scores["own words"] == (1.0, 1.0)
+    assert scores["own words, two judged"] == (0.0, 0.0)
+    assert scores["relevant far away"] == (None, None)
+    assert (evaluation.metrics["span_mrr_at_5"], evaluation.metrics["span_queries"]) == (0.5, 2)
+
+
+def test_the_background_is_read_only_to_measure(measured):
+    """A stored evaluation is returned without reading the corpus again."""
+    _, _, run, _ = measured
+    run()
+
+    def unexpected():
+        raise AssertionError("the corpus was read although nothing is measured")
+
+    assert run(background=unexpected).reused
+
+
+def test_diversity_is_measured(measured):
+    """Forty documents of one chunk: five passages are five documents; similarity and skewness are those of what is served."""
+    store, manifest, run, _ = measured
+    metrics = run().metrics
+    assert metrics["distinct_documents_at_5"] == 5
+    hits, vectors = served_hits(store, manifest, k=5)
+    cosines = [[float(vectors[a] @ vectors[b]) for at, a in enumerate(found) for b in found[:at]] for found in hits]
+    assert metrics["intra_list_similarity_at_5"] == pytest.approx(sum(sum(each) / len(each) for each in cosines) / len(cosines), abs=1e-5)
+    assert metrics["hubness_at_5"] > 0
+
+
+def served_hits(store, manifest, *, k: int):
+    """Chunk ids served for each query, and the vector of every chunk: the model's, of title and text."""
+
+    async def run():
+        retriever = await Retriever.open(store, manifest.snapshot_id)
+        found = [await retriever.retrieve(query.text, MODEL.encode_queries([query.text])[0], k=k) for query in EVAL_SET.queries]
+        retriever.close()
+        return found
+
+    found = asyncio.run(run())
+    hits = {hit.chunk_id: hit for each in found for hit in each}
+    vectors = dict(zip(hits, MODEL.encode_documents([f"{hit.title}\n{hit.text}" for hit in hits.values()]), strict=True))
+    return [[hit.chunk_id for hit in each] for each in found], vectors
+
+
+@pytest.mark.parametrize(
+    "change", [{"ann_recall": 0.999}, {"metrics": {"mrr_at_5": 0.99}}, {"measured_at": days_ago(0.5)}, {"rows_sha256": "0" * 64}]
+)
+def test_an_edited_summary_is_an_error(measured, change):
+    """A number changed by hand is a StoreError that names the file, also when everything still looks right."""
+    store, manifest, run, _ = measured
+    key = f"{run().key}/summary.json"
+    store.write(key, json.dumps({**json.loads(store.read(key)), **change}).encode())
+    with pytest.raises(StoreError, match=r"summary\.json was edited"):
+        read_evaluation(store, manifest.sha256, EVAL_SET.sha256)
+    with pytest.raises(StoreError, match="edited"):
+        run()
+
+
+def test_edited_rows_are_an_error(measured):
+    """Rows that were made better by hand are not the rows that were measured."""
+    store, _, run, _ = measured
+    evaluation = run()
+    name = next(name for name in store.names(evaluation.key) if name.startswith("queries-"))
+    table = pq.read_table(io.BytesIO(store.read(f"{evaluation.key}/{name}"))).to_pylist()
+    buffer = io.BytesIO()
+    pq.write_table(pq.read_table(io.BytesIO(store.read(f"{evaluation.key}/{name}"))).slice(0, len(table) - 1), buffer)
+    store.write(f"{evaluation.key}/{name}", buffer.getvalue())
+    with pytest.raises(StoreError, match=f"{name} is not what was measured"):
+        reciprocal_ranks(store, evaluation)
+
+
+def resealed(store, evaluation, **changes):
+    """A summary with `changes`, sealed anew, as faulty code might have written it."""
+    key = f"{evaluation.key}/summary.json"
+    fields = {**json.loads(store.read(key)), **changes}
+    fields.pop("seal")
+    fields["seal"] = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    store.write(key, json.dumps(fields).encode())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"ann_recall": math.nan}, {"ann_recall": 1.2}, {"metrics": {"mrr_at_5": 1.5}}, {"metrics": {"mrr_at_5": 0.5, "ndcg_at_5": math.nan}}],
+)
+def test_impossible_numbers_are_no_evidence(measured, changes):
+    """NaN and values beyond 1 are refused even in a summary whose seal is right."""
+    store, manifest, run, _ = measured
+    resealed(store, run(), **changes)
+    with pytest.raises(StoreError, match="impossible numbers"):
+        read_evaluation(store, manifest.sha256, EVAL_SET.sha256)
+
+
+def test_negative_latency_is_no_evidence(measured, monkeypatch):
+    """A clock that runs backwards gives an error and stores nothing."""
+    store, manifest, run, _ = measured
+    ticks = iter(range(100, 0, -1))
+    monkeypatch.setattr("rag_assets.measurement.time.perf_counter", lambda: float(next(ticks)))
+    with pytest.raises(EvidenceError, match=r"took -1000\.0 ms"):
+        run()
+    assert read_evaluation(store, manifest.sha256, EVAL_SET.sha256) is None
+
+
+def test_an_evaluation_by_earlier_code_is_measured_again(measured):
+    """What earlier code stored, without a seal or with another code version, is as if absent: measured again, not an error."""
+    store, manifest, run, encoders = measured
+    key = f"{run().key}/summary.json"
+    fields = json.loads(store.read(key))
+    earlier = {name: value for name, value in fields.items() if name not in ("seal", "rows_sha256", "measure_code")}
+    store.write(key, json.dumps(earlier).encode())
+    assert read_evaluation(store, manifest.sha256, EVAL_SET.sha256) is None
+    assert not run().reused
+    assert encoders.asked == 2
+
+
+def test_history_keeps_every_measurement(measured):
+    """Measured afresh, both measurements stay readable with their own rows, oldest first."""
+    store, manifest, run, _ = measured
+    first = run()
+    older = write_evaluation(store, replace(first, measured_at=days_ago(1)), query_rows(store, first)[:2])
+    latest = run(fresh=True)
+    history = evaluation_history(store, manifest.sha256, EVAL_SET.sha256)
+    assert history[0].measured_at == older.measured_at
+    assert history[-1].measured_at == latest.measured_at
+    assert [len(read_rows(store, each)) for each in (history[0], history[-1])] == [2, 4]

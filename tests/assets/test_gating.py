@@ -4,6 +4,7 @@ import asyncio
 import json
 import shutil
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import pytest
 from small_line import MODEL, build, passages
@@ -11,18 +12,19 @@ from small_line import MODEL, build, passages
 from evals.collections import EvalSet, Query
 from evals.significance import EvidenceError
 from rag_assets.evaluation import evaluate
-from rag_assets.gating import judge, release, standings
+from rag_assets.gating import Round, judge, judge_canary, keep_verdict, standings
+from rag_assets.warmup import WarmUp, warm_up, warm_up_gate
 from rag_serving.encoding import LocalEncoder
 from rag_serving.errors import PromotionRefused
-from rag_serving.promotion import hold, promote, rollback
+from rag_serving.promotion import hold, override_of, promote, rollback
 from rag_serving.releases import Ledger
 from rag_serving.settings import Gate, Retrieval, Weights
 from rag_serving.snapshots import hash_tree
 from rag_serving.store import LocalStore
-from rag_serving.verdicts import RETRIEVAL_QUALITY, read_verdict, write_verdict
+from rag_serving.verdicts import CANARY, GATES, RETRIEVAL_QUALITY, WARM_UP, read_verdict, write_verdict
 
 ROWS = 40
-GATE = Gate(min_queries=30)
+GATE = Gate(min_queries=30, warm_up_p95_ms=10_000)
 WORDS_FIRST = Retrieval(weights=Weights(dense_text=0.01, dense_title=0, bm25_text=1, bm25_title=0))
 TITLES_ALONE = Retrieval(weights=Weights(dense_text=0, dense_title=1, bm25_text=0, bm25_title=0))
 EVAL_SET = EvalSet(
@@ -57,8 +59,28 @@ def unexpected(snapshot_id):
     raise AssertionError(f"{snapshot_id} was measured although its evaluation was given")
 
 
-def round_of(store, *evaluations, champion_evaluation=unexpected, gate=GATE):
-    return release(store, evaluations, gate=gate, actor="tester", champion_evaluation=champion_evaluation)
+SLOW = WarmUp(0.1, (50.0, 51.0, 52.0))
+
+
+def open_round(store, *evaluations, measured=unexpected, gate=GATE, slow=()):
+    """A round that really warms snapshots up, but for those in `slow`, of which 51 ms were measured."""
+    vectors = MODEL.encode_queries([query.text for query in EVAL_SET.queries])
+
+    def warm(candidate):
+        found = SLOW if candidate.snapshot_id in slow else asyncio.run(warm_up(store, candidate.snapshot_id, vectors, limit_ms=10_000))
+        return keep_verdict(
+            store, warm_up_gate(found, limit_ms=10 if found is SLOW else 10_000), candidate, champion=None, measured_at=now()
+        )
+
+    return Round(store, evaluations, gate, measured, warm)
+
+
+def round_of(store, *evaluations, **changes):
+    return open_round(store, *evaluations, **changes).promote_best(actor="tester")
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def live(store) -> str | None:
@@ -86,6 +108,8 @@ def test_a_second_round_changes_nothing(gated):
     store, strong, weak, _ = gated
     round_of(store, strong, weak)
     before = hash_tree(store.root)
+    assert open_round(store, strong, weak).judge_all().keys() == {weak.snapshot_id}
+    assert (open_round(store, strong, weak).warm_ups(), open_round(store, strong, weak).canaries()) == ({}, {})
     assert round_of(store, strong, weak) is None
     assert hash_tree(store.root) == before
 
@@ -109,7 +133,7 @@ def test_a_champion_that_is_no_candidate_is_measured(gated):
         asked.append(snapshot_id)
         return larger
 
-    assert round_of(store, weak, champion_evaluation=on_demand) is None
+    assert round_of(store, weak, measured=on_demand) is None
     assert set(asked) == {larger.snapshot_id}
     assert read_verdict(store, weak.snapshot_id, RETRIEVAL_QUALITY).champion == larger.snapshot_id
     assert live(store) == larger.snapshot_id
@@ -166,11 +190,13 @@ def test_a_verdict_follows_its_champion(gated):
 
 @pytest.mark.parametrize("change", [{"eval_set_sha256": "f" * 64}, {"k": 5}])
 def test_other_eval_set_is_no_comparison(gated, change):
-    """A champion measured on another eval set or at another k is not compared with."""
+    """A champion measured on another eval set or at another k is not compared with, by no gate: equal query ids are no equal judgments."""
     store, strong, weak, _ = gated
     with pytest.raises(EvidenceError, match="another eval set or k"):
         judge(store, weak, replace(strong, **change), gate=GATE)
-    assert read_verdict(store, weak.snapshot_id, RETRIEVAL_QUALITY) is None
+    with pytest.raises(EvidenceError, match="another eval set or k"):
+        judge_canary(store, weak, replace(strong, **change), gate=GATE)
+    assert [read_verdict(store, weak.snapshot_id, gate) for gate in (RETRIEVAL_QUALITY, CANARY)] == [None, None]
 
 
 def test_a_rolled_back_snapshot_waits_to_be_promoted_by_name(gated):
@@ -197,3 +223,96 @@ def test_a_hold_refuses_the_round_after_everything_was_judged(gated):
         round_of(store, strong, weak)
     assert live(store) is None
     assert [standing.status for standing in standings(store, [strong, weak])] == ["passed", "refused"]
+
+
+def test_the_gates_held_one_by_one_say_what_the_round_says(gated):
+    """Gate by gate, as the assets run them: both are judged, the weaker against the better, the better goes on, and the release follows."""
+    store, strong, weak, _ = gated
+    judged = open_round(store, weak, strong).judge_all()
+    assert {snapshot_id: (verdict.outcome, verdict.champion) for snapshot_id, verdict in judged.items()} == {
+        strong.snapshot_id: ("PASS", None),
+        weak.snapshot_id: ("FAIL", strong.snapshot_id),
+    }
+    assert open_round(store, weak, strong).warm_ups().keys() == {strong.snapshot_id}
+    canaries = open_round(store, weak, strong).canaries()
+    assert {snapshot_id: verdict.outcome for snapshot_id, verdict in canaries.items()} == {strong.snapshot_id: "PASS"}
+    assert "nothing is live" in canaries[strong.snapshot_id].summary
+    entry = round_of(store, weak, strong)
+    assert (entry.snapshot_id, [entry.evidence[gate]["outcome"] for gate in (WARM_UP, CANARY)]) == (strong.snapshot_id, ["PASS", "PASS"])
+
+
+def test_a_failed_warm_up_keeps_a_good_snapshot_from_going_live(gated):
+    """The best by MRR that answers too slowly stands as refused with its milliseconds, and the round promotes nothing."""
+    store, strong, *_ = gated
+    assert round_of(store, strong, slow={strong.snapshot_id}) is None
+    assert live(store) is None
+    (standing,) = standings(store, [strong])
+    assert standing.status == "refused"
+    assert "51.00 ms" in standing.reason
+    assert open_round(store, strong, slow={strong.snapshot_id}).canaries() == {}
+    with pytest.raises(PromotionRefused, match="p95 of vector search") as refusal:
+        promote(store, strong.snapshot_id, gate=GATE, actor="tester", reason="by hand")
+    assert refusal.value.code == "verdict_failed"
+
+
+def test_the_next_best_gets_its_chance(gated):
+    """When the best fails a later gate, the next that passes retrieval quality against the champion is tried in the same round."""
+    store, strong, weak, _ = gated
+    lenient = GATE.model_copy(update={"mrr_floor": 0.0, "ann_recall_floor": 0.0, "margin": 0.9})
+    second = replace(weak, bm25=dict.fromkeys(weak.bm25, 0.0))
+
+    round_ = open_round(store, strong, second, gate=lenient, slow={strong.snapshot_id})
+    assert [verdict.outcome for verdict in round_.warm_ups().values()] == ["FAIL", "PASS"]
+    assert round_.canaries().keys() == {second.snapshot_id}
+    assert round_.promote_best(actor="tester").snapshot_id == live(store) == second.snapshot_id
+
+
+def test_the_canary_compares_with_what_is_live(gated):
+    """The verdict names the champion and is as old as the older evaluation; a loss beyond the margin and thin traffic do not pass."""
+    store, strong, weak, larger = gated
+    verdict = judge_canary(store, weak, strong, gate=GATE)
+    assert (verdict.outcome, verdict.champion, verdict.gate) == ("INCONCLUSIVE", strong.snapshot_id, CANARY)
+    assert judge_canary(store, larger, strong, gate=GATE).outcome == "PASS"
+    assert judge_canary(store, larger, strong, gate=Gate(min_queries=300)).outcome == "INCONCLUSIVE"
+    assert judge_canary(store, larger, strong, gate=GATE).measured_at == min(larger.measured_at, strong.measured_at)
+
+
+def test_a_stale_champion_is_measured_again(gated):
+    """An evaluation of the champion that is older than the gate allows is no basis of comparison: it is asked for afresh."""
+    store, strong, weak, _ = gated
+    round_of(store, strong)
+    asked = []
+
+    def on_demand(snapshot_id):
+        asked.append(snapshot_id)
+        return strong
+
+    round_of(store, replace(strong, measured_at="2026-01-01T00:00:00+00:00"), weak, measured=on_demand)
+    assert set(asked) == {strong.snapshot_id}
+
+
+def test_a_round_lets_the_gates_judge_an_override(gated):
+    """A champion promoted by override is judged against the release before it: one that passes stands on verdicts then, a weaker one does not."""
+    store, strong, weak, larger = gated
+    round_of(store, strong)
+    promote(store, larger.snapshot_id, gate=GATE, actor="tester", reason="incident", override=True)
+    assert override_of(store, Ledger(store).state().champion)
+    assert round_of(store, larger, measured=lambda _: strong) is None
+    assert override_of(store, Ledger(store).state().champion) is None
+    assert [read_verdict(store, larger.snapshot_id, gate).outcome for gate in GATES] == ["PASS"] * 3
+    promote(store, weak.snapshot_id, gate=GATE, actor="tester", reason="incident", override=True)
+    assert round_of(store, weak, measured=lambda _: larger) is None
+    assert override_of(store, Ledger(store).state().champion)
+
+
+def test_a_promotion_by_name_gets_its_later_verdicts(gated):
+    """A snapshot that passed retrieval quality against the champion is warmed up and replayed on request; one that failed is not."""
+    store, strong, weak, larger = gated
+    round_of(store, strong)
+    judge(store, larger, strong, gate=GATE)
+    judge(store, weak, strong, gate=GATE)
+    round_ = open_round(store, strong)
+    round_.complete(larger)
+    round_.complete(weak)
+    assert read_verdict(store, weak.snapshot_id, WARM_UP) is None
+    assert promote(store, larger.snapshot_id, gate=GATE, actor="tester", reason="by name")

@@ -7,7 +7,9 @@ import pyarrow as pa
 import pytest
 from small_line import MODEL, build, chunk_table, passages, recipe_of, vectors_of
 
-from rag_assets.indexing import Health, build_snapshot, embedded_text
+from rag_assets.freezing import Coverage, Health
+from rag_assets.indexing import build_snapshot, embedded_text
+from rag_assets.survey import survey
 from rag_serving.errors import SnapshotError
 from rag_serving.settings import Retrieval
 from rag_serving.snapshots import hash_tree, snapshot_ids, verify
@@ -23,10 +25,11 @@ def test_a_built_snapshot_is_sound(store, hnsw_from_rows):
     manifest, health = build(store, passages(150), hnsw_from_rows=hnsw_from_rows)
     assert verify(store, manifest.snapshot_id) == manifest
     assert health.problems == []
-    assert (health.rows, manifest.rows, manifest.documents, manifest.dims) == (150, 150, 150, 64)
+    assert (health.coverage.rows, manifest.rows, manifest.documents, manifest.dims) == (150, 150, 150, 64)
+    assert (manifest.built, manifest.parent, manifest.delta) == ("full", None, {})
     assert (manifest.fingerprint, manifest.embedding_model) == (MODEL.fingerprint, "hashing-64")
     wanted = {"content_idx", "title_idx"} | ({"vector_idx", "title_vector_idx"} if hnsw_from_rows == 150 else set())
-    assert set(health.indexed_rows) == wanted
+    assert health.coverage.indexed_rows == dict.fromkeys(wanted, 150)
     assert health.self_retrieval >= 0.99
     assert health.ann_recall >= 0.95
     assert [path.name for path in (store.root / "snapshots").iterdir()] == [manifest.snapshot_id]
@@ -85,11 +88,43 @@ def test_unsound_rows_are_refused(store, change, match):
 
 
 def test_freeze_checks_name_what_is_wrong():
-    """An index that covers fewer rows than there are, or chunks that do not find themselves, stop a snapshot."""
-    sound = Health(rows=10, indexed_rows={"content_idx": 10}, self_retrieval=1.0, ann_recall=0.5)
-    assert sound.problems == []
-    unsound = Health(rows=10, indexed_rows={"content_idx": 9}, self_retrieval=0.5, ann_recall=1.0)
-    assert unsound.problems == ["index content_idx covers 9 of 10 rows", "only 50.0% of sampled chunks find themselves first"]
+    """A lost chunk, an orphan, an index that covers fewer rows than there are, or chunks that do not find themselves, stop a snapshot."""
+    whole = Coverage(rows=10, lost=0, orphans=0, indexed_rows={"content_idx": 10})
+    sound = Health(whole, self_retrieval=1.0, ann_recall=0.5)
+    assert (sound.problems, whole.indexed, whole.conserved) == ([], True, True)
+    torn = Coverage(rows=10, lost=2, orphans=1, indexed_rows={"content_idx": 9})
+    assert (torn.indexed, torn.conserved) == (False, False)
+    assert Health(torn, self_retrieval=0.5, ann_recall=1.0).problems == [
+        "2 chunks are lost",
+        "1 rows are orphans",
+        "index content_idx covers 9 of 10 rows",
+        "only 50.0% of sampled chunks find themselves first",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("titles", "distinctness"), [("abcd", 1), (["A", "a ", "b", ""], 0.5), (["", " ", "", ""], 0), ("aaaa", 0.25)], ids=str
+)
+def test_titles_count_by_how_distinct_they_are(titles, distinctness):
+    """Distinctness is the share of different titles among documents, case and blanks aside; empty titles are none, and batches do not matter."""
+    chunks = chunk_table(passages(4)).set_column(3, "title", pa.array(list(titles)))
+    assert survey(chunks.to_batches()).title_distinctness == distinctness
+    assert survey(chunks.to_batches(max_chunksize=1)).title_distinctness == distinctness
+
+
+def test_a_survey_is_the_same_in_any_batches():
+    """However rows come in batches, ids, contents and the sample of 200 rows are the same; a row's digest changes with each of its fields."""
+    chunks = chunk_table(passages(500))
+    whole, pieces = survey(chunks.to_batches()), survey(chunks.to_batches(max_chunksize=7))
+    assert (whole.ids == pieces.ids).all()
+    assert (whole.contents == pieces.contents).all()
+    assert whole.sample.to_pylist() == pieces.sample.to_pylist()
+    assert whole.sample.num_rows == 200
+    for at, name in enumerate(chunks.schema.names):
+        changed = chunks.slice(0, 1).to_pylist()[0]
+        changed[name] = changed[name] + ("x" if isinstance(changed[name], str) else 1)
+        other = survey(pa.Table.from_pylist([changed], schema=chunks.schema).to_batches())
+        assert other.contents[0] != whole.contents[0], chunks.schema.names[at]
 
 
 def test_a_failed_build_leaves_no_folder(store, monkeypatch):

@@ -80,6 +80,19 @@ def test_citation_opens_its_passage(page):
     assert tab.run("document.activeElement.tagName") == "SUMMARY"
 
 
+def test_a_thumb_is_kept(page):
+    """A thumb marks itself, says that the question waits for a judgment, and another for the same question says that it is known."""
+    base, tab = page
+    tab.show(asked(base, "How do I stop an instance?"))
+    tab.wait(ANSWERED)
+    tab.run("document.getElementById('down').click()")
+    tab.wait("document.getElementById('thanks').innerText.includes('waits')")
+    assert tab.run("document.getElementById('down').getAttribute('aria-pressed')") == "true"
+    tab.run("document.getElementById('up').click()")
+    tab.wait("document.getElementById('thanks').innerText.includes('known')")
+    assert tab.run("document.getElementById('down').getAttribute('aria-pressed')") == "false"
+
+
 def test_by_keyboard(page):
     """A question is asked and a passage opened without a mouse: / to the field, Enter to ask, Tab to the answer, Enter to its source."""
     base, tab = page

@@ -20,8 +20,9 @@ def beir(folder: Path, *, documents: int, judged: str) -> Path:
         json.dumps({"_id": f"d{i}", "title": f"Title {i}", "text": f"This is the text of document number {i}."}) for i in range(documents)
     ]
     (folder / "corpus.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    (folder / "queries.jsonl").write_text(json.dumps({"_id": "q1", "text": "which document"}), encoding="utf-8")
-    (folder / "qrels" / "test.tsv").write_text(f"query-id\tcorpus-id\tscore\nq1\t{judged}\t1\n", encoding="utf-8")
+    queries = [json.dumps({"_id": query_id, "text": f"which document {query_id}"}) for query_id in ("q1", "q2")]
+    (folder / "queries.jsonl").write_text("\n".join(queries), encoding="utf-8")
+    (folder / "qrels" / "test.tsv").write_text(f"query-id\tcorpus-id\tscore\nq1\t{judged}\t1\nq2\td0\t1\n", encoding="utf-8")
     return folder
 
 
@@ -38,12 +39,18 @@ def test_an_empty_corpus_is_refused(ragline, tmp_path):
     assert not (tmp_path / "home" / "store" / "embeddings").exists()
 
 
+@pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_an_unreadable_file_is_named(ragline, tmp_path):
-    """A file that is not text is named with what to do."""
+    """A file that is not text does not end the run: it is counted at the end of it, and listed by name and reason."""
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "good.md").write_text("# Good\n\nA readable document.", encoding="utf-8")
-    (tmp_path / "docs" / "bad.md").write_bytes(b"\xff\xfe\xfa broken \x80")
-    refused(ragline(tmp_path / "home", "run", "--source", f"folder:{tmp_path / 'docs'}"), says="bad.md")
+    (tmp_path / "docs" / "bad.md").write_bytes(b"\x7fELF\0\1\2 broken \x80")
+    done = ragline(tmp_path / "home", "run", "--models", "wordllama-256", "--source", f"folder:{tmp_path / 'docs'}")
+    assert done.returncode == 0, done.stderr
+    assert "1 items quarantined" in done.stdout
+    listed = json.loads(ragline(tmp_path / "home", "quarantine", "--json").stdout)
+    assert [(row["item"], row["reason"]) for row in listed["items"]] == [("bad.md", "binary")]
 
 
 def test_judgments_of_unknown_documents_are_refused(ragline, tmp_path):

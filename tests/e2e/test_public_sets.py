@@ -7,7 +7,8 @@ from conftest import DATASETS, ROOT
 
 from evals.metrics import summarise
 from rag_assets import ingestion, steps
-from rag_assets.evaluation import BM25_ALONE, DENSE_ALONE, encode_queries, measure
+from rag_assets.evaluation import read_rows
+from rag_assets.measurement import BM25_ALONE, DENSE_ALONE, encode_queries, measure
 from rag_assets.workbench import Workbench
 from rag_serving.encoding import LocalEncoder
 from rag_serving.retrieval import Retriever
@@ -42,3 +43,28 @@ def test_scifact_agrees_with_published_scores(tmp_path):
     print(f"scifact nDCG@10: BM25 {found['bm25']:.4f}, MiniLM {found['dense']:.4f}")
     assert 0.67 <= found["bm25"] <= 0.69
     assert 0.64 <= found["dense"] <= 0.66
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", ["squad-dev", "multihop-wiki"])
+def test_two_runs_give_equal_results(name, tmp_path):
+    """A public set built and measured twice in two stores: every metric of documents and of answer spans is equal bit for bit."""
+    folder = DATASETS / name
+    if not folder.is_dir():
+        pytest.skip(f"needs the {name} collection at ../shared/datasets/{name}")
+    address = f"beir:{folder}"
+    settings = load_settings(ROOT / "ragline.toml", environ={"RAGLINE_CORPUS": address, "RAGLINE_EVAL_SET": address})
+    found = []
+    for run in ("first", "second"):
+        bench = Workbench(settings, store=LocalStore(tmp_path / run))
+        for step in (ingestion.list_source_files, ingestion.parse_documents, ingestion.split_chunks):
+            step(bench)
+        manifest = steps.snapshot_corpus(bench, "wordllama-256").manifest
+        evaluation = steps.evaluate_snapshot(bench, manifest, steps.load_eval_set(bench))
+        rows = [{key: value for key, value in row.items() if key != "latency_ms"} for row in read_rows(bench.store, evaluation)]
+        metrics = {key: value for key, value in evaluation.metrics.items() if not key.startswith("latency")}
+        found.append((rows, metrics, evaluation.ann_recall))
+    shown = {key: round(found[0][1][key], 4) for key in ("mrr_at_10", "ndcg_at_10", "recall_at_10", "span_mrr_at_10", "span_recall_at_10")}
+    print(f"{name}, wordllama-256: {shown}")
+    assert found[0] == found[1]

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evals.collections import EvalSet, EvalSetError, Query, load_beir, open_eval_set, split_of, write_beir
+from evals.collections import EvalSet, EvalSetError, Query, load_beir, open_eval_set, split_of
+from evals.living import write_beir
 from evals.sample import load_sample
 from evals.sample.reference import services
 

@@ -9,6 +9,7 @@ import pytest
 from rank_model import pair
 
 from evals.gates import Outcome, QualityEvidence, Rule, decide, enough_queries, non_inferiority, quality_gate
+from evals.power import minimum_detectable_drop
 from evals.significance import EvidenceError, paired_difference
 
 _KNOBS = {
@@ -35,15 +36,17 @@ def _failed(result):
 
 
 def test_an_equal_candidate_passes():
-    """A candidate as good as its champion passes all five rules, and the summary says how good it is."""
+    """A candidate as good as its champion passes every rule, and the summary says how good it is and what would have shown."""
     candidate, champion = pair(1, 1000)
     result = _judge(candidate, champion)
     assert result.outcome is Outcome.PASS
-    assert [rule.name for rule in result.rules] == ["enough_queries", "non_inferiority", "mrr_floor", "beats_bm25", "ann_recall"]
+    rules = ["enough_queries", "non_inferiority", "no_slice_worse", "mrr_floor", "beats_bm25", "ann_recall"]
+    assert [rule.name for rule in result.rules] == rules
     assert _failed(result) == []
     mrr = np.mean(list(candidate.values()))
     assert result.summary.startswith(f"PASS: MRR@10 {mrr:.3f} over 1,000 queries (95 % CI ")
-    assert result.summary.endswith(f"the champion's {np.mean(list(champion.values())):.3f}")
+    visible = minimum_detectable_drop(paired_difference(candidate, champion).sd, 1000)
+    assert result.summary.endswith(f"the champion's {np.mean(list(champion.values())):.3f}; a drop from {visible:.3f} up would have shown")
 
 
 def test_a_worse_candidate_fails_with_the_numbers():
@@ -65,7 +68,7 @@ def test_without_a_champion_nothing_is_compared():
     candidate, _ = pair(1, 500)
     result = _judge(candidate, None)
     assert result.outcome is Outcome.PASS
-    assert "non_inferiority" not in [rule.name for rule in result.rules]
+    assert not {"non_inferiority", "no_slice_worse"} & {rule.name for rule in result.rules}
     assert "no champion" in result.summary
 
 
@@ -141,6 +144,42 @@ def test_a_proven_loss_inside_the_margin_passes():
 def test_losing_exactly_the_margin_everywhere_fails():
     """The margin itself is not allowed."""
     assert _compared([0.5 - 0.02] * 400, [0.5] * 400).outcome is Outcome.FAIL
+
+
+def _with_a_bad_slice(loss, *, size=60, n=1200):
+    """A candidate equal to its champion but for `size` queries of the slice service=s3, which lost `loss` each; services have 60 each."""
+    champion = {f"q{number:04}": 0.9 for number in range(n)}
+    candidate = {query_id: 0.9 - loss if number < size else 0.9 for number, query_id in enumerate(champion)}
+    slices = {query_id: (f"service={'s3' if number < 60 else number // 60}",) for number, query_id in enumerate(champion)}
+    return _judge(candidate, champion, slices=slices)
+
+
+def test_a_slice_that_collapsed_fails_although_the_mean_hides_it():
+    """Sixty queries that lost 0.2 move the mean by 0.01, inside the margin: the slice rule fails and the summary names the slice."""
+    result = _with_a_bad_slice(0.2)
+    assert result.outcome is Outcome.FAIL
+    assert _failed(result) == ["no_slice_worse"]
+    assert _rule(result, "no_slice_worse").observed == pytest.approx(-0.2)
+    assert "FAIL: the slice service=s3 (60 queries) is 0.200 below the champion (p = 0.00" in result.summary
+    assert "after Holm over 20 slices; at most 0.050 is allowed)" in result.summary
+
+
+@pytest.mark.parametrize(("loss", "size"), [(0.05, 60), (0.04, 60), (0.5, 2)])
+def test_a_slice_may_lose_a_little_or_by_chance(loss, size):
+    """A significant loss within the slice margin passes, and so does a larger one that rests on two queries."""
+    result = _with_a_bad_slice(loss, size=size)
+    assert result.outcome is Outcome.PASS
+    assert _rule(result, "no_slice_worse").detail.startswith(
+        "none of 20 slices lost more than 0.050 significantly; the lowest is service=s3"
+    )
+
+
+def test_small_slices_are_not_judged():
+    """Below the smallest size a slice is not compared, and the rule says that there was nothing to compare."""
+    candidate, champion = pair(1, 1000)
+    result = _judge(candidate, champion, slices={query_id: (f"id={query_id}",) for query_id in champion})
+    assert _rule(result, "no_slice_worse").passed
+    assert _rule(result, "no_slice_worse").detail == "no slice has 50 queries or more"
 
 
 def _outcomes(drop, *, changed, trials=100, n=500):

@@ -1,12 +1,15 @@
 """Ranking metrics and their aggregates."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import pytrec_eval
 
 from evals.collections import split_of
-from evals.metrics import QueryRow, aggregate, document_ranking, score_rankings, summarise
+from evals.metrics import QueryRow, SpanScore, aggregate, document_ranking, require_sound, score_rankings, score_spans, summarise
+from evals.power import minimum_detectable_drop
 from evals.significance import EvidenceError
 
 
@@ -56,6 +59,41 @@ def test_agrees_with_the_textbook(seed, k):
         expected = _reference(qrels[row.query_id], rankings.get(row.query_id, []), k)
         observed = {name: getattr(row, name) for name in expected}
         assert observed == pytest.approx(expected)
+
+
+def _trec_cases(seed, queries):
+    """Random judgments and scores with many ties, and the rankings in trec_eval's order: by score, ties by document id from the back."""
+    rng = np.random.default_rng(seed)
+    docs = [f"d{number:02}" for number in range(40)]
+    qrels, scores, rankings = {}, {}, {}
+    for number in range(queries):
+        name = f"q{number}"
+        judged = rng.choice(docs, size=rng.integers(1, 9), replace=False)
+        qrels[name] = {str(doc): int(rng.integers(0, 4)) for doc in judged}
+        qrels[name][str(judged[0])] = 1 + int(rng.integers(0, 3))
+        served = rng.choice(docs, size=rng.integers(1, 40), replace=False)
+        scores[name] = {str(doc): float(rng.integers(0, 6)) / 4 for doc in served}
+        rankings[name] = sorted(scores[name].items(), key=lambda item: (item[1], item[0]), reverse=True)
+    return qrels, scores, rankings
+
+
+@pytest.mark.parametrize("k", [1, 5, 10, 100])
+def test_agrees_with_trec_eval_on_a_thousand_rankings(k):
+    """Every metric equals trec_eval's own, to 1e-9, on 1,000 random rankings with graded judgments and ties in their scores."""
+    qrels, scores, rankings = _trec_cases(20 + k, 1000)
+    tied = sum(len(set(each.values())) < len(each) for each in scores.values())
+    assert tied > 900
+    measures = {f"ndcg_cut.{k}", f"recall.{k}", f"map_cut.{k}", f"success.{k},1", "recip_rank"}
+    reference = pytrec_eval.RelevanceEvaluator(qrels, measures).evaluate(scores)
+    for row in score_rankings(qrels, rankings, k=k):
+        expected = reference[row.query_id]
+        reciprocal = expected["recip_rank"] if expected["recip_rank"] >= 1 / k - 1e-12 else 0.0
+        assert row.reciprocal_rank == pytest.approx(reciprocal, abs=1e-9)
+        assert row.ndcg == pytest.approx(expected[f"ndcg_cut_{k}"], abs=1e-9)
+        assert row.recall == pytest.approx(expected[f"recall_{k}"], abs=1e-9)
+        assert row.average_precision == pytest.approx(expected[f"map_cut_{k}"], abs=1e-9)
+        assert row.success == expected["success_1"]
+        assert float(row.rank is not None) == expected[f"success_{k}"]
 
 
 def test_equal_scores_keep_the_served_order():
@@ -146,6 +184,59 @@ def test_latencies_reach_their_rows():
     assert rows[0].latency_ms == 4.0
     assert math.isnan(rows[1].latency_ms)
     assert summarise(rows, k=10)["latency_p95_ms"] == 4.0
+
+
+def test_span_scores_by_hand():
+    """The rank of the first passage that holds an answer, and the share of those that do, within k; an answer that none holds scores 0."""
+    holding = {"both": {"c1", "c9"}, "late": {"c3"}, "beyond": {"c4"}, "cut in two": set(), "not served": {"c1"}}
+    served = ["c0", "c1", "c3", "c4"]
+    found = score_spans(holding, dict.fromkeys(["both", "late", "beyond", "cut in two"], served), k=3)
+    assert found == {
+        "both": SpanScore(1 / 2, 1 / 2),
+        "late": SpanScore(1 / 3, 1.0),
+        "beyond": SpanScore(0.0, 0.0),
+        "cut in two": SpanScore(0.0, 0.0),
+        "not served": SpanScore(0.0, 0.0),
+    }
+
+
+def test_spans_and_slices_reach_their_rows():
+    """Both belong to their query; span means are over the queries that have an answer marked, and absent if none has."""
+    qrels, ranking = {"a": {"d": 1}, "b": {"d": 1}}, {"a": [("d", 1.0)], "b": []}
+    rows = score_rankings(qrels, ranking, slices={"a": ("words=1-5",)}, spans={"a": SpanScore(0.5, 0.25)})
+    assert [(row.slices, row.span_reciprocal_rank, row.span_recall) for row in rows] == [(("words=1-5",), 0.5, 0.25), ((), None, None)]
+    metrics = summarise(rows, k=10)
+    assert (metrics["span_mrr_at_10"], metrics["span_recall_at_10"], metrics["span_queries"]) == (0.5, 0.25, 1)
+    assert not any("span" in name for name in summarise(score_rankings(qrels, ranking), k=10))
+
+
+def test_summary_says_success_and_what_it_can_show():
+    """Success@k is the share of queries with a relevant document within k; the detectable drop is the one at the largest usual spread."""
+    rows = [_row("a", 1.0), _row("b", 0.25), replace(_row("c", 0.0), rank=None)]
+    metrics = summarise(rows, k=10)
+    assert (metrics["success_at_1"], metrics["success_at_10"]) == pytest.approx((1 / 3, 2 / 3))
+    assert metrics["detectable_drop"] == minimum_detectable_drop(0.22, 3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"reciprocal_rank": math.nan},
+        {"reciprocal_rank": 1.5},
+        {"ndcg": -0.1},
+        {"recall": math.inf},
+        {"span_recall": math.nan},
+        {"latency_ms": -1.0},
+        {"latency_ms": math.inf},
+    ],
+)
+def test_impossible_rows_are_no_evidence(change):
+    """A NaN, a score outside 0 to 1 and a negative latency are errors that name the query, before any mean is taken."""
+    sound, broken = _row("fine", 1.0), replace(_row("broken", 1.0), **change)
+    require_sound([sound])
+    with pytest.raises(EvidenceError, match="'broken'") as raised:
+        summarise([sound, broken], k=10)
+    assert raised.value.fix
 
 
 def test_aggregate_without_values_is_refused():

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rag_serving.fusion import DENSE, LEXICAL, TITLE, align, effective_weights, fuse_ranks, fuse_scores, title_distinctness
+from rag_serving.fusion import DENSE, LEXICAL, TITLE, align, effective_weights, fuse_ranks, fuse_scores
 
 SIGNALS = (*DENSE, *LEXICAL)
 
@@ -132,13 +132,6 @@ def test_alignment_of_an_exhausted_signal():
     rows, aligned = align(found, depth=3)
     assert (rows.tolist(), aligned["bm25_text"].tolist(), aligned["dense_text"].tolist()) == ([1, 2, 3], [7, 0, 5], [0.9, 0.8, 0.8])
     assert align(found, depth=2)[1]["bm25_text"].tolist() == [7, 5, 5]
-
-
-def test_titles_count_by_how_distinct_they_are():
-    """Distinctness is the share of different titles, case and blanks aside; empty titles are none; no titles give 0."""
-    assert title_distinctness(["a", "b", "c", "d"]) == 1
-    assert title_distinctness(["A", "a ", "b", ""]) == 0.5
-    assert title_distinctness(["", " "]) == title_distinctness([]) == 0
 
 
 def test_weights_of_titles_shrink_with_distinctness():

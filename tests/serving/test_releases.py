@@ -195,7 +195,7 @@ def test_actor(monkeypatch):
 
 
 class Releases(RuleBasedStateMachine):
-    """I1 and I2 against a model: a list of live snapshots, a count of entries and a flag for holds."""
+    """I1 and I2 against a model: a list of live snapshots, a count of entries and of holds, what is pinned and what was given up."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -205,12 +205,21 @@ class Releases(RuleBasedStateMachine):
         self.canary: str | None = None
         self.count = 0
         self.holds = 0
+        self.pinned: set[str] = set()
+        self.collected: set[str] = set()
+
+    def previous(self) -> str | None:
+        return next((each for each in reversed(self.line[:-1]) if each not in self.collected | {self.line[-1]}), None)
 
     def teardown(self) -> None:
         self.folder.cleanup()
 
     @rule(snapshot=st.sampled_from("abcd"))
     def promote(self, snapshot):
+        if snapshot in self.collected:
+            with pytest.raises(ReleaseError, match="was collected"):
+                append(self.ledger, Action.PROMOTE, snapshot)
+            return
         append(self.ledger, Action.PROMOTE, snapshot)
         self.line.append(snapshot)
         self.canary = None
@@ -220,6 +229,10 @@ class Releases(RuleBasedStateMachine):
     @rule(data=st.data())
     def rollback(self, data):
         target = data.draw(st.sampled_from(sorted(set(self.line[:-1]))))
+        if target in self.collected:
+            with pytest.raises(ReleaseError, match="was collected"):
+                append(self.ledger, Action.ROLLBACK, target)
+            return
         append(self.ledger, Action.ROLLBACK, target)
         while True:
             self.line.pop()
@@ -236,6 +249,8 @@ class Releases(RuleBasedStateMachine):
 
     @rule(snapshot=st.sampled_from("abcd"))
     def start_canary(self, snapshot):
+        if snapshot in self.collected:
+            return
         append(self.ledger, Action.CANARY, snapshot)
         self.canary = snapshot
         self.count += 1
@@ -258,6 +273,31 @@ class Releases(RuleBasedStateMachine):
         self.holds = 0
         self.count += 1
 
+    @rule(snapshot=st.sampled_from("abcd"))
+    def pin(self, snapshot):
+        if snapshot in self.collected:
+            return
+        append(self.ledger, Action.PIN, snapshot)
+        self.pinned.add(snapshot)
+        self.count += 1
+
+    @rule(snapshot=st.sampled_from("abcd"))
+    def unpin(self, snapshot):
+        append(self.ledger, Action.UNPIN, snapshot)
+        self.pinned.discard(snapshot)
+        self.count += 1
+
+    @rule(snapshot=st.sampled_from("abcd"))
+    def collect(self, snapshot):
+        kept = self.pinned | {self.canary, self.previous() if self.line else None, self.line[-1] if self.line else None}
+        if snapshot in kept:
+            with pytest.raises(ReleaseError, match="live, previous, canary or pinned"):
+                append(self.ledger, Action.COLLECT, evidence={"snapshots": [snapshot]})
+            return
+        append(self.ledger, Action.COLLECT, evidence={"snapshots": [snapshot]})
+        self.collected.add(snapshot)
+        self.count += 1
+
     @rule()
     def stale_append(self):
         if self.count:
@@ -269,9 +309,11 @@ class Releases(RuleBasedStateMachine):
         state = self.ledger.state()
         assert [release.snapshot_id for release in state.line] == self.line
         assert (state.champion.snapshot_id if state.champion else None) == (self.line[-1] if self.line else None)
-        assert (state.previous.snapshot_id if state.previous else None) == (self.line[-2] if len(self.line) > 1 else None)
+        assert (state.previous.snapshot_id if state.previous else None) == (self.previous() if self.line else None)
         assert (state.canary.snapshot_id if state.canary else None) == self.canary
         assert len(state.holds) == self.holds
+        assert (state.pinned, state.collected) == (self.pinned, self.collected)
+        assert not state.kept & state.collected
         assert state.number == self.count == self.ledger.last_number()
         assert [entry.number for entry in self.ledger.entries()] == list(range(1, self.count + 1))
 

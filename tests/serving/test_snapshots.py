@@ -12,7 +12,17 @@ from small_line import MODEL, build, passages
 
 from rag_serving.errors import SnapshotError
 from rag_serving.retrieval import Retriever
-from rag_serving.snapshots import MANIFEST, find_by_build_key, hash_tree, read_manifest, snapshot_ids, snapshot_key, verify
+from rag_serving.snapshots import (
+    MANIFEST,
+    check_inherited,
+    find_by_build_key,
+    hash_tree,
+    link_files,
+    read_manifest,
+    snapshot_ids,
+    snapshot_key,
+    verify,
+)
 
 
 @pytest.fixture
@@ -171,3 +181,36 @@ def test_foreign_folders_are_not_snapshots(line):
     store.write("snapshots/half-built-snapshot/file", b"")
     assert "NOTES.txt" not in snapshot_ids(store)
     assert find_by_build_key(store, manifests[0].build_key) == manifests[0]
+
+
+def test_snapshots_of_the_first_format_are_read(snapshot):
+    """A manifest from before increments, without `built` and `delta`, verifies under the id it always had, and counts as a full build."""
+    store, manifest, folder = snapshot
+    fields = {name: value for name, value in json.loads(manifest.encode()).items() if name not in ("built", "delta")}
+    data = json.dumps({**fields, "format": 1}, sort_keys=True, indent=2).encode()
+    snapshot_id = f"hashing-64-{hashlib.sha256(data).hexdigest()[:12]}"
+    (folder / MANIFEST).write_bytes(data)
+    folder.rename(folder.with_name(snapshot_id))
+    old = verify(store, snapshot_id)
+    assert (old.snapshot_id, old.encode(), old.built, old.delta) == (snapshot_id, data, "full", {})
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "copies"])
+def test_a_file_that_changed_on_the_way_is_found(snapshot, tmp_path, monkeypatch, links):
+    """A child has every file of its parent; one that was written in place is found by name, the replaced version hint is not."""
+    _, manifest, folder = snapshot
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_, **__: (_ for _ in ()).throw(OSError("no links here")))
+    link_files(folder, tmp_path / "child")
+    files = hash_tree(tmp_path / "child")
+    assert files == manifest.files
+    check_inherited(tmp_path / "child", files, folder, manifest)
+    hint = next(name for name in files if name.endswith("latest_version_hint.json"))
+    (tmp_path / "child" / hint).unlink()
+    (tmp_path / "child" / hint).write_text("another")
+    check_inherited(tmp_path / "child", hash_tree(tmp_path / "child"), folder, manifest)
+    data = next(name for name in files if "/data/" in name)
+    with (tmp_path / "child" / data).open("r+b") as file:
+        file.write(b"x")
+    with pytest.raises(SnapshotError, match=re.escape(f"{data} was altered")):
+        check_inherited(tmp_path / "child", hash_tree(tmp_path / "child"), folder, manifest)

@@ -174,3 +174,13 @@ def test_unwritable_store_is_a_store_error(tmp_path):
         with pytest.raises(StoreError):
             call()
     assert files_below(store.root) == ["a/b"]
+
+
+def test_removed_is_gone(store):
+    """Bytes and folders vanish with their names and leave nothing hidden behind; what is not there may be removed too."""
+    store.write("a/bytes", b"1")
+    store.write("a/folder/part", b"2")
+    for key in ("a/bytes", "a/folder", "a/never", "never/there"):
+        store.remove(key)
+        assert not store.exists(key)
+    assert list((store.root / "a").iterdir()) == []
