@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from rag_assets.evaluation import Evaluation, read_evaluation
 from rag_serving import promotion
+from rag_serving.errors import SnapshotError
 from rag_serving.releases import Ledger, Release
 from rag_serving.settings import Settings
 from rag_serving.snapshots import Manifest, read_manifest, snapshot_ids
@@ -25,7 +26,7 @@ def describe(settings: Settings) -> dict[str, Any]:
     """
     store = LocalStore(settings.store_dir)
     state = Ledger(store).state()
-    snapshots = [_manifest_facts(read_manifest(store, snapshot_id)) for snapshot_id in snapshot_ids(store)]
+    snapshots = [_snapshot_facts(store, snapshot_id) for snapshot_id in snapshot_ids(store)]
     return {
         "release": state.champion.number if state.champion else 0,
         "champion": _release_facts(store, state.champion) if state.champion else None,
@@ -36,6 +37,14 @@ def describe(settings: Settings) -> dict[str, Any]:
         "snapshots": snapshots,
         "store": str(settings.store_dir),
     }
+
+
+def _snapshot_facts(store: Store, snapshot_id: str) -> dict[str, Any]:
+    """Facts of a snapshot, or what is wrong with it: a damaged one must not keep the others from being seen."""
+    try:
+        return _manifest_facts(read_manifest(store, snapshot_id))
+    except SnapshotError as error:
+        return {"snapshot_id": snapshot_id, "damaged": error.what}
 
 
 def _manifest_facts(manifest: Manifest) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from rag_serving.errors import NoPrevious, PromotionRefused, ReleaseError, SnapshotError
+from rag_serving.errors import NoPrevious, PromotionRefused, ReleaseConflict, ReleaseError, SnapshotError
 from rag_serving.releases import Action, Entry, Ledger, Release, State
 from rag_serving.settings import Gate
 from rag_serving.snapshots import Manifest, read_manifest, verify
@@ -210,10 +210,15 @@ def _check_shrink(store: Store, manifest: Manifest, state: State, gate: Gate) ->
         )
 
 
-def rollback(store: Store, *, actor: str, reason: str, to: str | None = None) -> Entry:
-    """Make the previous snapshot (or an earlier one, by `to`) live again. It needs no verdict: it was live before. Holds do not block it."""
+def rollback(store: Store, *, actor: str, reason: str, to: str | None = None, champion: str | None = None) -> Entry:
+    """Make the previous snapshot (or an earlier one, by `to`) live again. It needs no verdict: it was live before. Holds do not block it.
+
+    With `champion`, only while that snapshot is still live: a rollback that waited must not undo what was promoted since (ReleaseConflict).
+    """
     ledger = Ledger(store)
     state = ledger.state()
+    if champion and (state.champion is None or state.champion.snapshot_id != champion):
+        raise ReleaseConflict(f"{champion} is no longer live.", fix="Look at `ragline releases`; roll back again if it is still wanted.")
     earlier = {release.snapshot_id: release for release in state.line[:-1] if release.snapshot_id not in state.collected}
     if not state.previous:
         raise NoPrevious("there is no earlier release to roll back to.", fix="Look at `ragline releases`.")

@@ -127,12 +127,15 @@ def rests_on_evidence(bench: dg.ResourceParam[Workbench]) -> dg.AssetCheckResult
 class RollbackConfig(dg.Config):
     reason: str
     to: str | None = None
+    champion: str | None = None
+    actor: str | None = None
 
 
 @dg.op
 def restore_previous(context: dg.OpExecutionContext, config: RollbackConfig, bench: dg.ResourceParam[Workbench]) -> None:
     """Make the previous snapshot live again."""
-    entry = promotion.rollback(bench.store, actor=current_actor(bench.settings.places.actor), reason=config.reason, to=config.to)
+    actor = config.actor or current_actor(bench.settings.places.actor)
+    entry = promotion.rollback(bench.store, actor=actor, reason=config.reason, to=config.to, champion=config.champion)
     context.log.info("release %d: %s is live again", entry.number, entry.snapshot_id)
 
 

@@ -38,7 +38,8 @@ def drift_holds(bench: dg.ResourceParam[Workbench]) -> dg.SensorResult:
     placed = hold_findings(bench.store, actor="drift_holds sensor")
     due = due_rollback(bench.store) if bench.settings.drift.automatic_rollback else None
     if due:
-        config = dg.RunConfig(ops={"restore_previous": RollbackConfig(reason=f"automatic: {due.reason}", to=due.target)})
+        asked = RollbackConfig(reason=f"automatic: {due.reason}", to=due.target, champion=due.champion, actor="drift_holds sensor")
+        config = dg.RunConfig(ops={"restore_previous": asked})
         return dg.SensorResult(run_requests=[dg.RunRequest(run_key=due.key, run_config=config)])
     return dg.SensorResult(skip_reason="; ".join(f"entry {entry.number}: {entry.reason}" for entry in placed) or "no new finding holds")
 

@@ -225,7 +225,7 @@ def test_an_automatic_rollback_is_requested_under_one_key(live):
     (again,) = tick(sensors.drift_holds, store, drift=Drift(automatic_rollback=True)).run_requests
     assert request.run_key == again.run_key
     config = request.run_config["ops"]["restore_previous"]["config"]
-    assert config["to"] == first.snapshot_id
+    assert (config["to"], config["champion"], config["actor"]) == (first.snapshot_id, champion(store), "drift_holds sensor")
     assert "0.712" in config["reason"]
 
 

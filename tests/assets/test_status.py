@@ -3,7 +3,7 @@
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
-from rag_assets.status import follow
+from rag_assets.status import describe, follow
 from rag_serving.settings import Places, Settings
 
 
@@ -28,3 +28,13 @@ def test_another_program_at_the_servers_port_is_no_server(tmp_path):
     thread.join()
     server.server_close()
     assert (seconds, word.startswith("No server answers here")) == (None, True)
+
+
+def test_a_damaged_snapshot_does_not_hide_the_others(line):
+    """A manifest that was edited is told as damaged, by its snapshot's id; the other snapshots and the release are told as ever."""
+    store, manifests = line
+    broken = manifests[0].snapshot_id
+    (store.root / "snapshots" / broken / "MANIFEST.json").write_text("{")
+    facts = describe(Settings(root=store.root, places=Places(store=store.root)))
+    told = {each["snapshot_id"]: "damaged" in each for each in facts["snapshots"]}
+    assert told == {manifest.snapshot_id: manifest.snapshot_id == broken for manifest in manifests}

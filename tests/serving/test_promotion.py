@@ -238,6 +238,18 @@ def test_rollback_goes_back_step_by_step(line):
     assert live(store) == first.snapshot_id
 
 
+def test_a_rollback_that_waited_undoes_nothing_newer(line):
+    """Asked for while one snapshot was live, a rollback is a conflict once another is; the newer release stays."""
+    store, (first, second, _, indexed) = line
+    for manifest in (first, second, indexed):
+        pass_and_promote(store, manifest)
+    with pytest.raises(ReleaseConflict, match="no longer live"):
+        rollback(store, actor="tester", reason="bad", to=first.snapshot_id, champion=second.snapshot_id)
+    assert live(store) == indexed.snapshot_id
+    rollback(store, actor="tester", reason="bad", champion=indexed.snapshot_id)
+    assert live(store) == second.snapshot_id
+
+
 def test_rollback_to_a_named_release(line):
     """`to` jumps to any earlier release; one that was never live, or is live now, is refused with the choices."""
     store, (first, second, short, indexed) = line
