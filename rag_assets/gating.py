@@ -1,7 +1,6 @@
 """From evaluations to verdicts to a release: who is compared with whom, and which snapshot goes live."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Literal
@@ -92,23 +91,8 @@ def judge(store: Store, candidate: Evaluation, champion: Evaluation | None, *, g
         slice_min_queries=gate.slice_min_queries,
         k=candidate.k,
     )
-    verdict = Verdict(
-        gate=RETRIEVAL_QUALITY,
-        snapshot_id=candidate.snapshot_id,
-        manifest_sha256=candidate.manifest_sha256,
-        eval_set_sha256=candidate.eval_set_sha256,
-        champion=champion.snapshot_id if champion else None,
-        outcome=result.outcome.value,
-        summary=result.summary,
-        rules=tuple(asdict(rule) for rule in result.rules),
-        measured_at=candidate.measured_at,
-    )
-    stored: Verdict | None = None
-    with suppress(PromotionRefused):  # an edited one is given anew
-        stored = read_verdict(store, candidate.snapshot_id, RETRIEVAL_QUALITY)
-    if stored != verdict:
-        write_verdict(store, verdict)
-    return verdict
+    compared = champion.snapshot_id if champion else None
+    return keep_verdict(store, result, candidate, champion=compared, measured_at=candidate.measured_at)
 
 
 def _require_comparable(candidate: Evaluation, champion: Evaluation | None) -> None:
