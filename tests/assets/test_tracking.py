@@ -305,7 +305,8 @@ def test_an_alias_set_by_hand_decides_nothing(bench, client):
 def test_a_broken_attempt_is_made_good(bench, client):
     """A run that was begun and never finished, as after a kill, is deleted, and the evaluation has one finished run."""
     evaluation = evaluation_of(bench, WEAK)
-    experiment = client.create_experiment(f"retrieval/beir/{evaluation.eval_set_sha256[:8]}", artifact_location=None)
+    name, place = f"retrieval/beir/{evaluation.eval_set_sha256[:8]}", (bench.settings.root / "kept").as_uri()
+    experiment = client.create_experiment(name, artifact_location=place)
     left = client.create_run(experiment, tags={"ragline.evaluation": identity(evaluation)}).info.run_id
     client.create_logged_model(
         experiment, name=evaluation.snapshot_id, tags={"ragline.manifest_sha256": evaluation.manifest_sha256}, model_type="retriever"
