@@ -14,15 +14,14 @@ A hold is placed from `latest_findings`: those of severity "hold" about the cham
 There is no heartbeat file to forget: `last_weekly_success` is the time up to which every detector has reported.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from rag_serving.errors import StoreError
 from rag_serving.releases import Ledger
+from rag_serving.seals import SealBroken, sealed, unsealed
 from rag_serving.store import Store
 
 Kind = Literal["mrr_fall", "fingerprint", "runtime", "query", "corpus", "stale", "recall", "diversity"]
@@ -63,8 +62,7 @@ class DriftReport:
 
 def keep_report(store: Store, report: DriftReport) -> DriftReport:
     """Write a report under its detector and its day, replacing one of the same day; the report as it will be read."""
-    fields = asdict(report)
-    store.write(_key(report.detector, f"{report.at[:10]}.json"), json.dumps({**fields, "seal": _seal(fields)}, indent=2).encode())
+    store.write(_key(report.detector, f"{report.at[:10]}.json"), sealed(asdict(report)))
     return report
 
 
@@ -106,18 +104,12 @@ def _key(detector: Detector, name: str) -> str:
     return f"{_PREFIX}/{detector}/{name}"
 
 
-def _seal(fields: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-
-
 def _read(store: Store, key: str) -> DriftReport:
+    again = "Delete that file and run the weekly_drift job."
     try:
-        fields = json.loads(store.read(key))
-        seal = fields.pop("seal")
-        findings = tuple(DriftFinding(**finding) for finding in fields["findings"])
-        report = DriftReport(**{**fields, "findings": findings})
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise StoreError(f"{key} cannot be read.", fix="Delete that file and run the weekly_drift job.") from None
-    if seal != _seal(fields):
-        raise StoreError(f"{key} was edited.", fix="Delete that file and run the weekly_drift job.")
-    return report
+        fields = unsealed(store.read(key))
+        return DriftReport(**{**fields, "findings": tuple(DriftFinding(**finding) for finding in fields["findings"])})
+    except SealBroken:
+        raise StoreError(f"{key} was edited.", fix=again) from None
+    except (ValueError, KeyError, TypeError):
+        raise StoreError(f"{key} cannot be read.", fix=again) from None

@@ -19,6 +19,7 @@ from rag_assets.measurement import BM25_ALONE, ann_recall, diversity, encode_que
 from rag_serving.encoding import Encoder, require_fingerprint
 from rag_serving.errors import StoreError
 from rag_serving.retrieval import QUERY_CODE, Retriever
+from rag_serving.seals import SealBroken, sealed, unsealed
 from rag_serving.snapshots import Manifest
 from rag_serving.store import Store
 
@@ -158,17 +159,17 @@ def evaluation_history(store: Store, manifest_sha256: str, eval_set_sha256: str)
 def _read(store: Store, key: str) -> Evaluation | None:
     again = "Delete that file and evaluate again."
     try:
-        fields = json.loads(store.read(key))
-        if fields.get("measure_code") != MEASURE_CODE:
+        record = store.read(key)
+        if json.loads(record).get("measure_code") != MEASURE_CODE:
             return None
-        seal = fields.pop("seal")
+        fields = unsealed(record)
         evaluation = Evaluation(**fields, reused=True)
         shares = (evaluation.mrr, evaluation.bm25[f"mrr_at_{evaluation.k}"], evaluation.ann_recall)
         sound = all(map(math.isfinite, evaluation.metrics.values())) and all(0 <= share <= 1 for share in shares)
+    except SealBroken:
+        raise StoreError(f"{key} was edited after it was measured.", fix=again) from None
     except (ValueError, TypeError, KeyError, AttributeError):
         raise StoreError(f"{key} cannot be read.", fix=again) from None
-    if seal != _seal(fields):
-        raise StoreError(f"{key} was edited after it was measured.", fix=again)
     if not sound:
         raise StoreError(f"{key} holds impossible numbers.", fix=again)
     return evaluation
@@ -202,7 +203,7 @@ def write_evaluation(store: Store, evaluation: Evaluation, rows: Sequence[QueryR
     store.write(_rows_key(bound), data)
     fields = asdict(bound)
     fields.pop("reused")
-    summary = json.dumps({**fields, "seal": _seal(fields)}, indent=2).encode()
+    summary = sealed(fields)
     store.write(f"{bound.key}/at-{bound.measured_at.replace(':', '').replace('+', 'Z')}.json", summary)
     store.write(f"{bound.key}/summary.json", summary)
     return bound
@@ -210,10 +211,6 @@ def write_evaluation(store: Store, evaluation: Evaluation, rows: Sequence[QueryR
 
 def _rows_key(evaluation: Evaluation) -> str:
     return f"{evaluation.key}/queries-{evaluation.rows_sha256[:32]}.parquet"
-
-
-def _seal(fields: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def _age_days(evaluation: Evaluation) -> float:

@@ -6,7 +6,6 @@ into. With fewer than 100 such queries the eval set stands in for them, so that 
 
 import hashlib
 import io
-import json
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Literal
@@ -16,6 +15,7 @@ import pyarrow.parquet as pq
 
 from evals.collections import open_eval_set
 from rag_serving.errors import AlreadyExists, StoreError
+from rag_serving.seals import sealed, unsealed
 from rag_serving.settings import Settings
 from rag_serving.store import Store
 
@@ -49,21 +49,16 @@ def reference_window(store: Store, manifest_sha256: str, window: QueryWindow) ->
     """The window that was kept for a release, of the same origin; `window` itself, kept from now on, when there is none yet."""
     key = f"drift/references/{manifest_sha256[:32]}-{window.origin}.json"
     if not store.exists(key):
-        fields = asdict(window)
         try:
-            store.create(key, json.dumps({**fields, "seal": _seal(fields)}, ensure_ascii=False).encode())
+            store.create(key, sealed(asdict(window)))
         except AlreadyExists:
             return reference_window(store, manifest_sha256, window)
         return window
     try:
-        fields = json.loads(store.read(key))
-        seal = fields.pop("seal")
-        kept = QueryWindow(**{**fields, "queries": tuple(fields["queries"])})
-    except (ValueError, KeyError, TypeError, AttributeError):
-        seal, fields, kept = "", {}, window
-    if seal != _seal(fields):
-        raise StoreError(f"{key} is damaged or was edited.", fix="Delete that file; the queries of now are kept in its place.")
-    return kept
+        fields = unsealed(store.read(key))
+        return QueryWindow(**{**fields, "queries": tuple(fields["queries"])})
+    except (ValueError, KeyError, TypeError):
+        raise StoreError(f"{key} is damaged or was edited.", fix="Delete that file; the queries of now are kept in its place.") from None
 
 
 def _observed(store: Store, most: int) -> list[str]:
@@ -78,7 +73,3 @@ def _observed(store: Store, most: int) -> list[str]:
         asked = table["query"].to_pylist() if "query" in table.column_names else []
         queries = [query for query in asked if query and query.strip()] + queries
     return queries[-most:]
-
-
-def _seal(fields: object) -> str:
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

@@ -14,6 +14,7 @@ from enum import StrEnum
 from typing import Any
 
 from rag_serving.errors import AlreadyExists, ReleaseConflict, ReleaseError
+from rag_serving.seals import sealed
 from rag_serving.store import Store
 
 _PREFIX = "releases"
@@ -50,9 +51,7 @@ class Entry:
     parent_sha256: str = _GENESIS
 
     def encode(self) -> bytes:
-        fields = asdict(self)
-        seal = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-        return json.dumps({**fields, "seal": seal}, sort_keys=True, indent=2).encode()
+        return sealed(asdict(self))
 
     @property
     def sha256(self) -> str:

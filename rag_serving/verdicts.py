@@ -1,13 +1,12 @@
 """A gate's outcome as evidence: bound to a snapshot's manifest and to an eval set, dated, and sealed against edits."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, Literal
 
 from rag_serving.errors import PromotionRefused
+from rag_serving.seals import SealBroken, sealed, unsealed
 from rag_serving.store import Store
 
 RETRIEVAL_QUALITY = "retrieval_quality"
@@ -35,17 +34,12 @@ class Verdict:
         return (now - datetime.fromisoformat(self.measured_at)).total_seconds() / 86400
 
 
-def _seal(fields: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-
-
 def _key(snapshot_id: str, gate: str) -> str:
     return f"verdicts/{snapshot_id}/{gate}.json"
 
 
 def write_verdict(store: Store, verdict: Verdict) -> None:
-    fields = asdict(verdict)
-    store.write(_key(verdict.snapshot_id, verdict.gate), json.dumps({**fields, "seal": _seal(fields)}, indent=2, sort_keys=True).encode())
+    store.write(_key(verdict.snapshot_id, verdict.gate), sealed(asdict(verdict)))
 
 
 def read_verdict(store: Store, snapshot_id: str, gate: str) -> Verdict | None:
@@ -55,14 +49,12 @@ def read_verdict(store: Store, snapshot_id: str, gate: str) -> Verdict | None:
         return None
     again = "Run the gate again: `ragline run`."
     try:
-        fields = json.loads(store.read(key))
-        seal = fields.pop("seal")
-        verdict = Verdict(**{**fields, "rules": tuple(fields["rules"])})
-    except (ValueError, KeyError, TypeError, AttributeError):
+        fields = unsealed(store.read(key))
+        return Verdict(**{**fields, "rules": tuple(fields["rules"])})
+    except SealBroken:
+        raise PromotionRefused(f"the {gate} verdict of {snapshot_id} was edited.", fix=again, code="verdict_edited") from None
+    except (ValueError, KeyError, TypeError):
         raise PromotionRefused(f"the {gate} verdict of {snapshot_id} cannot be read.", fix=again, code="verdict_edited") from None
-    if seal != _seal(fields):
-        raise PromotionRefused(f"the {gate} verdict of {snapshot_id} was edited.", fix=again, code="verdict_edited")
-    return verdict
 
 
 def trusted_verdict(store: Store, snapshot_id: str, gate: str) -> Verdict | None:

@@ -30,6 +30,7 @@ def test_taken_port_is_one_line(tmp_path, serve, variable):
 def test_port_zero_is_allowed():
     """Port 0 asks for any free port and is never taken."""
     require_port("127.0.0.1", 0, variable="RAGLINE_SERVING_PORT")
+    assert port_is_free("127.0.0.1", 0)
 
 
 @pytest.mark.parametrize(("host", "port"), [("127.0.0.1", 70000), ("192.0.2.1", 0), ("no-such-host.invalid", 0)])
