@@ -16,6 +16,7 @@ RaglineError
 │   ├── EncoderUnavailable it is down, slow or overloaded
 │   └── ModelMismatch      its fingerprint is not the snapshot's
 ├── QueryError             a request cannot be answered as asked
+├── DeadlineExceeded       the time for a request ended before its answer was ready
 ├── NotReady               no verified snapshot is open yet
 └── PlatformError          a port, a database or a process is not as needed
 
@@ -109,6 +110,10 @@ class QueryError(RaglineError):
     def __init__(self, what: str, *, fix: str = "", code: str = "query") -> None:
         super().__init__(what, fix=fix)
         self.code = code
+
+
+class DeadlineExceeded(RaglineError):
+    code = "deadline_exceeded"
 
 
 class NotReady(RaglineError):

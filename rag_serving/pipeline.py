@@ -1,88 +1,73 @@
-"""A request's phases, in order, on one snapshot: encode, retrieve, assemble, generate. Admission has made the question by then."""
+"""A request's phases, in order, on one snapshot: encode, retrieve, rerank, assemble, generate. Admission has made the question by then."""
 
 import logging
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-
-from opentelemetry.trace import Tracer
+from dataclasses import dataclass
 
 from rag_serving import telemetry
 from rag_serving.admission import Question
 from rag_serving.context import assemble
 from rag_serving.encoding import Encoder
 from rag_serving.errors import EncoderError, ModelMismatch
+from rag_serving.exchange import Exchange
 from rag_serving.generation import Answer, extract
 from rag_serving.live import Live, Serving
 from rag_serving.retrieval import Hit, Vector
+from rag_serving.settings import Settings
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
-class Trace:
-    """What one request is known by and how long its phases took, in milliseconds, in order; each phase is also a span."""
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What answering takes, opened once a process."""
 
-    trace_id: str
-    tracer: Tracer
-    timings_ms: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            with self.tracer.start_as_current_span(name):
-                yield
-        finally:
-            self.timings_ms[name] = round((time.perf_counter() - started) * 1000, 3)
+    settings: Settings
+    live: Live
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The passages for a question; `degraded` names what had to be done without."""
+    """The passages for a question, and what they came from."""
 
     serving: Serving
     hits: list[Hit]
-    degraded: list[str]
 
 
-async def retrieve(live: Live, question: Question, *, top_k: int, trace: Trace) -> Found:
-    """The `top_k` best passages of the live snapshot."""
-    with live.borrow() as serving:
-        return await _found(serving, question, top_k=question.top_k or top_k, trace=trace)
+async def retrieve(service: Service, question: Question, exchange: Exchange) -> Found:
+    """The best passages of the live snapshot."""
+    with service.live.borrow() as serving:
+        return await _found(service, serving, question, exchange)
 
 
-async def answer(live: Live, question: Question, *, top_k: int, trace: Trace) -> tuple[Found, Answer]:
-    """An answer out of the `top_k` best passages of the live snapshot."""
-    with live.borrow() as serving:
-        found = await _found(serving, question, top_k=question.top_k or top_k, trace=trace)
-        with trace.phase("assemble"):
+async def answer(service: Service, question: Question, exchange: Exchange) -> tuple[Found, Answer]:
+    """An answer out of the best passages of the live snapshot."""
+    with service.live.borrow() as serving:
+        found = await _found(service, serving, question, exchange)
+        with exchange.phase("assemble"):
             passages = assemble(found.hits)
-        with trace.phase("generate"):
+        with exchange.phase("generate"):
             return found, extract(question.query, passages)
 
 
-async def _found(serving: Serving, question: Question, *, top_k: int, trace: Trace) -> Found:
-    retriever = serving.snapshot.retriever
-    with trace.phase("encode"):
-        vector = await _encoded(serving.snapshot.encoder, question.query)
-    with trace.phase("retrieve"):
+async def _found(service: Service, serving: Serving, question: Question, exchange: Exchange) -> Found:
+    retriever, top_k = serving.snapshot.retriever, question.top_k or service.settings.serving.top_k
+    with exchange.phase("encode"):
+        vector = await _encoded(serving.snapshot.encoder, question.query, exchange)
+    with exchange.phase("retrieve"):
         hits = await retriever.retrieve(question.query, vector, k=top_k)
         telemetry.record({telemetry.RETRIEVED_CHUNKS: len(hits), telemetry.SCORE_TOP1: hits[0].score if hits else 0.0})
-    degraded = [] if vector is not None else ["embedding"]
     telemetry.record(
         {
             telemetry.SNAPSHOT_ID: serving.snapshot_id,
             telemetry.GENERATION: serving.number,
             telemetry.RETRIEVED_CHUNKS: len(hits),  # on the root too, so that one query finds it
-            telemetry.DEGRADED: tuple(degraded),
+            telemetry.DEGRADED: tuple(exchange.degraded),
         }
     )
-    return Found(serving, hits, degraded)
+    return Found(serving, hits)
 
 
-async def _encoded(encoder: Encoder, query: str) -> Vector | None:
+async def _encoded(encoder: Encoder, query: str, exchange: Exchange) -> Vector | None:
     """The query's vector; None when the embedding service cannot give a usable one. Another model's vector is an error: ModelMismatch."""
     try:
         vectors = await encoder.encode([query])
@@ -90,6 +75,7 @@ async def _encoded(encoder: Encoder, query: str) -> Vector | None:
         raise
     except EncoderError as error:
         log.warning("answering by words alone: %s", error)
+        exchange.degrade("embedding")
         return None
     row: Vector = vectors[0]
     return row

@@ -4,9 +4,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from rag_serving.exchange import Exchange
 from rag_serving.generation import Answer
 from rag_serving.live import Live
-from rag_serving.pipeline import Found, Trace
+from rag_serving.pipeline import Found
 from rag_serving.releases import Entry, Release
 
 HISTORY = 20
@@ -36,7 +37,9 @@ class RetrieveReply(Reply):
     release: int
     embedding_model: str
     hits: list[HitReply]
-    degraded: list[Literal["embedding"]] = Field(description="What had to be done without; `embedding`: full-text search alone.")
+    degraded: list[Literal["embedding", "text_index", "rerank", "llm"]] = Field(
+        description="What had to be done without; `embedding`: full-text search alone, `llm`: passages are quoted."
+    )
     trace_id: str
     timings_ms: dict[str, float] = Field(description="Milliseconds of each phase, in order.")
 
@@ -111,13 +114,13 @@ class ReleaseReply(Reply):
     history: list[LedgerEntry] = Field(description=f"The last {HISTORY} entries, newest first.")
 
 
-def retrieve_reply(found: Found, trace: Trace) -> RetrieveReply:
-    return RetrieveReply(**_common(found, trace))
+def retrieve_reply(found: Found, exchange: Exchange) -> RetrieveReply:
+    return RetrieveReply(**_common(found, exchange))
 
 
-def query_reply(found: Found, answer: Answer, trace: Trace) -> QueryReply:
+def query_reply(found: Found, answer: Answer, exchange: Exchange) -> QueryReply:
     return QueryReply(
-        **_common(found, trace),
+        **_common(found, exchange),
         answer=answer.text,
         quotes=[QuoteReply(number=quote.passage.number, text=quote.text) for quote in answer.quotes],
         citations=[
@@ -136,15 +139,15 @@ def query_reply(found: Found, answer: Answer, trace: Trace) -> QueryReply:
     )
 
 
-def _common(found: Found, trace: Trace) -> dict[str, Any]:
+def _common(found: Found, exchange: Exchange) -> dict[str, Any]:
     return {
         "snapshot_id": found.serving.snapshot_id,
         "release": found.serving.number,
         "embedding_model": found.serving.snapshot.retriever.manifest.embedding_model,
         "hits": [HitReply.model_validate(hit) for hit in found.hits],
-        "degraded": found.degraded,
-        "trace_id": trace.trace_id,
-        "timings_ms": trace.timings_ms,
+        "degraded": exchange.degraded,
+        "trace_id": exchange.trace_id,
+        "timings_ms": exchange.timings_ms,
     }
 
 

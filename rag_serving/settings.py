@@ -155,7 +155,8 @@ class Alerts(_Frozen):
 class Serving(_Frozen):
     top_k: int = Field(5, ge=1, le=50)
     poll_seconds: float = Field(0.5, gt=0, le=1)
-    encode_timeout_seconds: float = Field(2.0, gt=0)
+    deadline_seconds: float = Field(2.8, gt=0, le=600, description="A request is answered or refused within this.")
+    encode_timeout_seconds: float = Field(1.0, gt=0, description="At most this much of it may pass before words alone are searched.")
 
 
 class Places(_Frozen):

@@ -40,7 +40,7 @@ PAGES = {
 def settings_for(
     root: Path, *, embedder_url: str = "http://127.0.0.1:9", spec: ModelSpec = SPEC, encode_timeout_seconds: float = 10.0
 ) -> Settings:
-    serving = Serving(poll_seconds=0.1, encode_timeout_seconds=encode_timeout_seconds)
+    serving = Serving(poll_seconds=0.1, deadline_seconds=60, encode_timeout_seconds=encode_timeout_seconds)
     return Settings(root=root, models=(spec,), serving=serving, places=Places(embedder_url=embedder_url))
 
 

@@ -15,8 +15,10 @@ from small_service import PAGES, SPEC, build, embedding, release, serving, setti
 from starlette.responses import PlainTextResponse
 
 from rag_serving import telemetry
-from rag_serving.app import MOST_BODY_BYTES, PROBLEMS, Frame
+from rag_serving.app import MOST_BODY_BYTES
+from rag_serving.frame import Frame
 from rag_serving.limits import BodyLimit
+from rag_serving.problems import PROBLEMS
 from rag_serving.store import LocalStore
 
 ASK = {"query": "How do I delete a bucket?"}

@@ -13,8 +13,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from rag_serving import telemetry
+from rag_serving.deadline import Deadline
+from rag_serving.errors import DeadlineExceeded
+from rag_serving.exchange import Exchange
 from rag_serving.models import load_model
-from rag_serving.pipeline import Trace
 from rag_serving.settings import Retrieval, Weights
 from rag_serving.store import LocalStore
 
@@ -31,13 +33,20 @@ def store(tmp_path_factory):
 
 def test_phases_are_timed_in_order():
     """Each phase leaves its milliseconds, also one that fails."""
-    trace = Trace("0" * 32, telemetry.tracer(telemetry.provider()))
-    with trace.phase("encode"):
+    exchange = Exchange("0" * 32, telemetry.tracer(telemetry.provider()), Deadline.after(60))
+    with exchange.phase("encode"):
         time.sleep(0.01)
-    with pytest.raises(ValueError, match="broken"), trace.phase("retrieve"):
+    with pytest.raises(ValueError, match="broken"), exchange.phase("retrieve"):
         raise ValueError("broken")
-    assert [*trace.timings_ms] == ["encode", "retrieve"]
-    assert trace.timings_ms["encode"] >= 10
+    assert [*exchange.timings_ms] == ["encode", "retrieve"]
+    assert exchange.timings_ms["encode"] >= 10
+
+
+def test_nothing_starts_after_the_deadline():
+    """A phase whose request has run out of time is refused instead of started."""
+    exchange = Exchange("0" * 32, telemetry.tracer(telemetry.provider()), Deadline.after(0))
+    with pytest.raises(DeadlineExceeded, match="before encode"), exchange.phase("encode"):
+        pytest.fail("it started")
 
 
 def embedder(vector) -> Starlette:
