@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rag_assets import steps
 from rag_assets.gating import Standing, standings
@@ -65,6 +66,7 @@ def _execute_jobs(bench: Workbench, models: Sequence[str]) -> PromotionRefused |
     import dagster as dg
     from dagster._core.errors import DagsterAssetCheckFailedError
 
+    from rag_assets.abandoned import end_abandoned_runs, process_tags
     from rag_assets.definitions import defs
 
     definitions = defs()
@@ -72,10 +74,17 @@ def _execute_jobs(bench: Workbench, models: Sequence[str]) -> PromotionRefused |
     build, promote = (definitions.resolve_job_def(name) for name in ("build_and_evaluate" if measured else "build", "promote"))
     try:
         with dg.DagsterInstance.get() as instance:
+            _tell_abandoned(bench, end_abandoned_runs(instance))
+            shared: dict[str, Any] = {
+                "run_config": _QUIET,
+                "instance": instance,
+                "resources": {"bench": bench},
+                "tags": process_tags(),
+            }
             for name in models:
                 bench.reporter.note(f"── {name}")
                 try:
-                    build.execute_in_process(run_config=_QUIET, instance=instance, partition_key=name, resources={"bench": bench})
+                    build.execute_in_process(partition_key=name, **shared)
                 except DagsterAssetCheckFailedError as error:
                     if "mrr_floor" not in str(error):
                         raise
@@ -83,7 +92,7 @@ def _execute_jobs(bench: Workbench, models: Sequence[str]) -> PromotionRefused |
                 return None
             bench.reporter.note("── release")
             try:
-                promote.execute_in_process(run_config=_QUIET, instance=instance, resources={"bench": bench})
+                promote.execute_in_process(**shared)
             except PromotionRefused as refusal:
                 return refusal
             except DagsterAssetCheckFailedError as error:
@@ -94,3 +103,8 @@ def _execute_jobs(bench: Workbench, models: Sequence[str]) -> PromotionRefused |
     except dg.DagsterError as error:
         raise PlatformError(f"a Dagster run failed: {error}", fix="Look at it in the Dagster UI: `make up`.") from error
     return None
+
+
+def _tell_abandoned(bench: Workbench, run_ids: Sequence[str]) -> None:
+    for run_id in run_ids:
+        bench.reporter.note(f"run {run_id[:8]} had lost its process and is now marked as failed")
