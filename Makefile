@@ -1,7 +1,8 @@
-# make run [MODELS=a,b]   make up   make test   make heavy   make check   make bench   make clean
+# make run [MODELS=a,b]   make up [LLM=local]   make test   make heavy   make check   make bench   make clean
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$python && break; done)
 MODELS ?=
+WORKERS ?= 2
 PIP = .venv/bin/python -m pip install -qq --disable-pip-version-check
 INSTALLED = .venv/.installed
 CPU_TORCH = import json, platform, sys; t = [i for i in json.load(sys.stdin)["install"] if i["metadata"]["name"] == "torch"]; \
@@ -12,8 +13,8 @@ CPU_TORCH = import json, platform, sys; t = [i for i in json.load(sys.stdin)["in
 
 help:
 	@echo 'make run     build, measure, gate and release the sample corpus: ends with a table of MRR per model (MODELS=a,b picks models)'
-	@echo 'make up      the whole platform: Dagster, MLflow, the embedding service, the query service; Ctrl-C stops it'
-	@echo 'make test    the tests'
+	@echo 'make up      the whole platform: Dagster, MLflow, the embedding service, the query service; Ctrl-C stops it (LLM=local: a language model too)'
+	@echo 'make test    the tests, on WORKERS=2 processes'
 	@echo 'make heavy   the tests that take minutes, with the figures they measure'
 	@echo 'make check   lint, format, types, layers and dependencies'
 	@echo 'make bench   measured comparisons'
@@ -24,10 +25,11 @@ run: $(INSTALLED)
 	.venv/bin/ragline run $(if $(MODELS),--models $(MODELS))
 
 up: $(INSTALLED)
-	.venv/bin/ragline up
+	@test -z '$(LLM)' || $(PIP) -c constraints.txt -e '.[local-llm]'
+	.venv/bin/ragline up $(if $(LLM),--llm $(LLM))
 
 test: $(INSTALLED)
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
 heavy: $(INSTALLED)
 	.venv/bin/python -m pytest -m heavy -rA

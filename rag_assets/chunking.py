@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from rag_assets.markup import headings
 from rag_assets.sources import Document
-from rag_serving.retrieval import embedded_text
+from rag_serving.passages import embedded_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

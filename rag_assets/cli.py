@@ -4,13 +4,14 @@ import sys
 
 import typer
 
-from rag_assets.commands import corpus, errors, evalset, evidence, line, models, release
+from rag_assets.commands import corpus, errors, evalset, evidence, keys, line, models, release
 from rag_serving.errors import RaglineError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
 for theme in (line, corpus, release, evidence, evalset):
     app.add_typer(theme.commands)
 app.add_typer(models.commands, name="models")
+app.add_typer(keys.commands, name="keys")
 
 
 def main() -> None:

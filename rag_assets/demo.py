@@ -16,8 +16,8 @@ from rag_assets.searching import live_release, open_search
 from rag_assets.terminal import print_standings
 from rag_assets.workbench import Workbench
 from rag_serving.context import assemble
-from rag_serving.generation import extract
 from rag_serving.retrieval import Hit
+from rag_serving.writing.extraction import extract
 
 
 def report_run(console: Console, bench: Workbench, result: LineResult, *, seconds: float) -> None:

@@ -17,9 +17,9 @@ import psutil
 from rag_assets.cluster import server
 from rag_assets.platform import holder_of, services
 from rag_assets.postgres import reach
+from rag_serving.edge.ports import port_is_free
 from rag_serving.errors import RaglineError
 from rag_serving.models import computes_bfloat16
-from rag_serving.ports import port_is_free
 from rag_serving.settings import CONFIG_NAME, Settings
 
 GIB = 1024**3

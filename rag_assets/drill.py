@@ -16,14 +16,17 @@ import numpy as np
 from evals.collections import EvalSet, open_eval_set
 from evals.metrics import QueryRow
 from rag_assets.evaluation import read_rows
+from rag_assets.local_reranking import local_reranker
 from rag_assets.measurement import encode_queries, measure
 from rag_assets.status import released_evaluation
 from rag_assets.workbench import Workbench
 from rag_serving import promotion
-from rag_serving.encoding import Encoder, LocalEncoder, require_fingerprint
+from rag_serving.encoding import LocalEncoder, require_fingerprint
 from rag_serving.errors import DrillFailed
 from rag_serving.releases import Ledger, Release
+from rag_serving.reranking import Reranker
 from rag_serving.retrieval import QUERY_CODE, Retriever
+from rag_serving.settings import Settings
 from rag_serving.snapshots import MANIFEST, link_files, read_manifest, snapshot_key
 from rag_serving.store import LocalStore, Store
 
@@ -94,7 +97,7 @@ def _drill(bench: Workbench, previous: Release) -> Drill:
         scratch = _scratch(bench.store, previous.snapshot_id, folder)
         entry = promotion.rollback(scratch, actor="rollback_drill", reason="rehearsal on a scratch store", to=previous.snapshot_id)
         restored = time.perf_counter()
-        opened, rows = asyncio.run(_answer(scratch, str(entry.snapshot_id), encoder, _probes(eval_set), k=bench.settings.eval.k))
+        opened, rows = asyncio.run(_answer(scratch, str(entry.snapshot_id), encoder, _probes(eval_set), bench.settings))
         answered = time.perf_counter()
     found = {row.query_id: row.retrieved for row in rows}
     shares = [len(set(expected[name]) & set(found[name])) / len(expected[name]) for name in found if expected.get(name)]
@@ -136,15 +139,21 @@ def _scratch(store: Store, snapshot_id: str, folder: Path) -> LocalStore:
     return scratch
 
 
-async def _answer(store: Store, snapshot_id: str, encoder: Encoder, probes: EvalSet, *, k: int) -> tuple[float, tuple[QueryRow, ...]]:
+async def _answer(
+    store: Store, snapshot_id: str, encoder: LocalEncoder, probes: EvalSet, settings: Settings
+) -> tuple[float, tuple[QueryRow, ...]]:
     """When the snapshot was open, as `time.perf_counter()` says it, and a row for each probe."""
     retriever = await Retriever.open(store, snapshot_id)
     opened = time.perf_counter()
+    reranker: Reranker | None = None
     try:
         await retriever.warm_up()
-        return opened, await measure(retriever, await encode_queries(encoder, probes), probes, k=k)
+        reranker = local_reranker(store, settings, retriever, encoder)
+        return opened, await measure(retriever, await encode_queries(encoder, probes), probes, k=settings.eval.k, reranker=reranker)
     finally:
         retriever.close()
+        if reranker:
+            await reranker.aclose()
         await encoder.aclose()
 
 

@@ -1,5 +1,6 @@
 """Evaluating a snapshot: every query of an eval set through the code and bytes that serving uses, kept in the store as evidence."""
 
+import asyncio
 import hashlib
 import io
 import json
@@ -15,9 +16,11 @@ import pyarrow.parquet as pq
 from evals.collections import EvalSet
 from evals.metrics import QueryRow, score_rankings, score_spans, summarise
 from rag_assets.background import Background
+from rag_assets.local_reranking import Rerankers
 from rag_assets.measurement import BM25_ALONE, ann_recall, diversity, encode_queries, holding_passages, measure, serve
-from rag_serving.encoding import Encoder, require_fingerprint
+from rag_serving.encoding import LocalEncoder, require_fingerprint
 from rag_serving.errors import StoreError
+from rag_serving.reranking import Reranker
 from rag_serving.retrieval import QUERY_CODE, Retriever
 from rag_serving.seals import SealBroken, sealed, unsealed
 from rag_serving.snapshots import Manifest
@@ -79,10 +82,11 @@ async def evaluate(
     store: Store,
     manifest: Manifest,
     eval_set: EvalSet,
-    encoder: Callable[[], Encoder],
+    encoder: Callable[[], LocalEncoder],
     *,
     k: int,
     max_age_days: float,
+    rerankers: Rerankers = lambda *_: None,
     bm25: Mapping[str, float] | None = None,
     background: Callable[[], Background] | None = None,
     fresh: bool = False,
@@ -91,8 +95,9 @@ async def evaluate(
     """The evaluation of a snapshot on an eval set: the stored one while it is young enough, else measured and stored.
 
     `fresh` measures again however young the stored one is; what was measured before stays readable in `evaluation_history`. `encoder` is
-    called only when something has to be measured, and so is `background`, which gives the slices and answers of the queries. `bm25` is the
-    baseline of full-text search alone where it is known already: it is the same for every embedding model.
+    called only when something has to be measured, and so are `rerankers`, which opens the reranker of the snapshot, and `background`, which
+    gives the slices and answers of the queries. `bm25` is the baseline of full-text search alone where it is known already: it is the same for
+    every embedding model.
 
     Raises EvidenceError if a score or a latency is impossible, StoreError if the stored evaluation was edited.
     """
@@ -100,17 +105,21 @@ async def evaluate(
     if not fresh and stored and (stored.k, stored.query_code) == (k, QUERY_CODE) and 0 <= _age_days(stored) <= max_age_days / 2:
         return stored
     retriever = await Retriever.open(store, manifest.snapshot_id)
-    encode: Encoder | None = None
+    encode: LocalEncoder | None = None
+    reranker: Reranker | None = None
     try:
         encode = encoder()
         require_fingerprint(encode, manifest.fingerprint)
         vectors = await encode_queries(encode, eval_set)
         await retriever.warm_up()
-        served = await serve(retriever, vectors, eval_set, k=k, progress=progress)
+        reranker = await asyncio.to_thread(rerankers, retriever, encode)
+        served = await serve(retriever, vectors, eval_set, k=k, reranker=reranker, progress=progress)
         baseline = bm25 or summarise(await measure(retriever, None, eval_set, k=k, fusion=BM25_ALONE), k=k)
         recall = await ann_recall(retriever, vectors, k=k)
     finally:
         retriever.close()
+        if reranker:
+            await reranker.aclose()
         if encode:
             await encode.aclose()
     known = background() if background else Background({}, {})

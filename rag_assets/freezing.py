@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from rag_assets.survey import Rows, Survey, Vectors, id_digests
+from rag_serving.filters import ACL_COLUMN, condition, filterable
 from rag_serving.retrieval import Retriever, open_table
 from rag_serving.snapshots import Manifest
 
@@ -48,17 +49,22 @@ class Health:
     """What the freeze checks measured; `problems` is empty for a snapshot that may be published.
 
     `ann_recall` is the share of the 10 nearest rows that searching as served finds, over 200 chunks; a row as near as the tenth counts.
+    `restricted` counts the rows that not everyone may read, `closed` those that nobody may: they have lost their access list.
     """
 
     coverage: Coverage
     self_retrieval: float
     ann_recall: float
+    restricted: int = 0
+    closed: int = 0
 
     @property
     def problems(self) -> list[str]:
         found = self.coverage.problems
         if self.self_retrieval < 0.99:
             found.append(f"only {self.self_retrieval:.1%} of sampled chunks find themselves first")
+        if self.closed:
+            found.append(f"{self.closed} rows do not say who may read them")
         return found
 
 
@@ -68,7 +74,8 @@ async def cover(table: Any, manifest: Manifest, found: Survey) -> Coverage:
     ids = np.concatenate([id_digests(batch) async for batch in batches] or [found.ids[:0]])
     distinct = np.unique(ids)
     shared = len(np.intersect1d(distinct, found.ids, assume_unique=True))
-    columns = ("content", "title", "vector", "title_vector") if manifest.index["vector_index"] else ("content", "title")
+    columns = ["content", "title", ACL_COLUMN, *(column.name for column in filterable(manifest.index.get("filters", {})).values())]
+    columns += ["vector", "title_vector"] if manifest.index["vector_index"] else []
     indexed = dict.fromkeys((f"{column}_idx" for column in columns), 0)
     for index in await table.list_indices():
         indexed[index.name] = (await table.index_stats(index.name)).num_indexed_rows
@@ -80,6 +87,8 @@ async def examine(folder: Path, manifest: Manifest, found: Survey, rows: Rows) -
     table = await open_table(folder)
     try:
         coverage = await cover(table, manifest, found)
+        public = await table.count_rows(condition(None, {}, readable_by=frozenset()))
+        closed = await table.count_rows(f"{ACL_COLUMN} IS NULL OR array_length({ACL_COLUMN}) = 0")
         vectors, _ = rows.vectors(found.sample)
         tenth = await _tenth_cosines(table, vectors)
         retriever = Retriever(manifest, table)
@@ -90,7 +99,8 @@ async def examine(folder: Path, manifest: Manifest, found: Survey, rows: Rows) -
             themselves += bool(len(cosines) and cosines[0] > 1 - 1e-4)
     finally:
         table.close()
-    return Health(coverage, self_retrieval=float(themselves / len(vectors)), ann_recall=float(np.mean(recalls)))
+    shares = {"self_retrieval": float(themselves / len(vectors)), "ann_recall": float(np.mean(recalls))}
+    return Health(coverage, **shares, restricted=coverage.rows - public - closed, closed=closed)
 
 
 async def _tenth_cosines(table: Any, vectors: Vectors) -> Vectors:

@@ -9,14 +9,16 @@ from evals.gates import GateResult, quality_gate
 from evals.significance import EvidenceError
 from rag_assets.evaluation import Evaluation, query_slices, reciprocal_ranks
 from rag_assets.replay import canary_gate
+from rag_assets.trial import trial_of
 from rag_serving.errors import PromotionRefused
 from rag_serving.promotion import override_of, promote
 from rag_serving.releases import Entry, Ledger, Release
-from rag_serving.settings import Gate
+from rag_serving.settings import Canary, Gate
 from rag_serving.store import Store
 from rag_serving.verdicts import GATES, RETRIEVAL_QUALITY, Verdict, read_verdict, trusted_verdict, write_verdict
 
 Status = Literal["champion", "passed", "refused", "inconclusive", "withdrawn", "unjudged"]
+_AS_DEFAULT = Canary()
 _STATUS: Mapping[str, Status] = {"PASS": "passed", "FAIL": "refused", "INCONCLUSIVE": "inconclusive"}
 
 
@@ -121,18 +123,21 @@ def keep_verdict(store: Store, result: GateResult, candidate: Evaluation, *, cha
     return verdict
 
 
-def judge_canary(store: Store, candidate: Evaluation, champion: Evaluation | None, *, gate: Gate) -> Verdict:
-    """Replay the eval queries through candidate and champion; the verdict is as old as the older of the two evaluations.
+def judge_canary(store: Store, candidate: Evaluation, champion: Evaluation | None, *, gate: Gate, traffic: Canary = _AS_DEFAULT) -> Verdict:
+    """What real traffic said of the candidate against the champion, if it was its canary, and the eval queries replayed through both.
 
-    EvidenceError as of `judge`.
+    The verdict is as old as the older of the two evaluations. EvidenceError as of `judge`.
     """
     _require_comparable(candidate, champion)
+    trial = trial_of(store, snapshot_id=candidate.snapshot_id, champion=champion.snapshot_id, settings=traffic) if champion else None
     result = canary_gate(
         reciprocal_ranks(store, candidate),
         reciprocal_ranks(store, champion) if champion else None,
         margin=gate.margin,
         alpha=gate.alpha,
         min_queries=gate.min_queries,
+        requests=trial.requests if trial else 0,
+        observed=trial.rules(traffic, alpha=gate.alpha) if trial else (),
     )
     measured = [evaluation.measured_at for evaluation in (candidate, champion) if evaluation]
     return keep_verdict(
@@ -144,8 +149,9 @@ def judge_canary(store: Store, candidate: Evaluation, champion: Evaluation | Non
 class Round:
     """One release round over evaluated snapshots of one corpus and eval set: each is a candidate unless it is live.
 
-    `measured` gives the fresh evaluation of any snapshot by id, `warm_up` the warm-up verdict of a candidate, measured when there is none.
-    What was judged is in the store, so a round may be held gate by gate, in several processes, or all at once by `promote_best`.
+    `measured` gives the fresh evaluation of any snapshot by id, `warm_up` the warm-up verdict of a candidate, measured when there is none, and
+    `traffic` says how the real requests of a canary are judged. What was judged is in the store, so a round may be held gate by gate, in
+    several processes, or all at once by `promote_best`.
     """
 
     store: Store
@@ -153,6 +159,7 @@ class Round:
     gate: Gate
     measured: Callable[[str], Evaluation]
     warm_up: Callable[[Evaluation], Verdict]
+    traffic: Canary = _AS_DEFAULT
 
     @property
     def champion_is_current(self) -> bool:
@@ -242,7 +249,7 @@ class Round:
                 yield candidate
 
     def _canary(self, candidate: Evaluation) -> Verdict:
-        return judge_canary(self.store, candidate, self._champion(), gate=self.gate)
+        return judge_canary(self.store, candidate, self._champion(), gate=self.gate, traffic=self.traffic)
 
     @staticmethod
     def _until_passed(given: Callable[[Evaluation], Verdict], contenders: Iterator[Evaluation]) -> dict[str, Verdict]:
@@ -261,4 +268,4 @@ class Round:
         before = self._evaluation(state.previous.snapshot_id) if state.previous else None
         judge(self.store, live, before, gate=self.gate)
         self.warm_up(live)
-        judge_canary(self.store, live, before, gate=self.gate)
+        judge_canary(self.store, live, before, gate=self.gate, traffic=self.traffic)

@@ -6,9 +6,9 @@ A snapshot is built in full, or from the newest like it: that one's files as har
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -17,10 +17,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from rag_assets.attributes import row_schema
+from rag_assets.corpus import CHUNKS
 from rag_assets.freezing import Health, examine
 from rag_assets.survey import Delta, Rows, Survey, Vectors, difference, survey
+from rag_assets.token_vectors import store_tokens
 from rag_serving.errors import SnapshotError
-from rag_serving.retrieval import embedded_text, open_table
+from rag_serving.filters import ACL_COLUMN, filterable
+from rag_serving.passages import embedded_text
+from rag_serving.retrieval import open_table
 from rag_serving.settings import Index, ModelSpec, Retrieval
 from rag_serving.snapshots import (
     TABLE,
@@ -36,7 +41,7 @@ from rag_serving.snapshots import (
 )
 from rag_serving.store import Store
 
-_CODE_VERSION = "snapshot-2"
+_CODE_VERSION = "snapshot-3"
 _REFINE = 2
 _DELETE_TOGETHER = 10_000
 _ANN_FLOOR = 0.95
@@ -46,7 +51,11 @@ _log = logging.getLogger("ragline")
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Every input of a build but the rows themselves; two builds of equal recipe and corpus give the same snapshot."""
+    """Every input of a build but the rows themselves; two builds of equal recipe and corpus give the same snapshot.
+
+    `attributes_sha256` identifies what the rows have from their documents beside the text: access lists and filterable metadata.
+    `rerank` is that of the manifest, without what is counted when it is built.
+    """
 
     model: ModelSpec
     fingerprint: str
@@ -55,6 +64,8 @@ class Recipe:
     chunking: Mapping[str, Any]
     index: Index
     retrieval: Retrieval
+    attributes_sha256: str = ""
+    rerank: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def build_key(self) -> str:
@@ -64,11 +75,18 @@ class Recipe:
             "fingerprint": self.fingerprint,
             "model": self.model.name,
             "corpus": self.corpus_sha256,
+            "attributes": self.attributes_sha256,
             "chunking": dict(self.chunking),
             "index": self.searched_with,
             "retrieval": self.retrieval.model_dump(),
+            "rerank": dict(self.rerank),
         }
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def late_interaction(self) -> bool:
+        """Whether token vectors are stored for reranking."""
+        return bool(self.rerank) and self.rerank["rule"]["method"] == "maxsim"
 
     @property
     def searched_with(self) -> dict[str, Any]:
@@ -101,7 +119,14 @@ class Increment:
 
 
 async def build_snapshot(
-    store: Store, recipe: Recipe, chunks: pa.Table, vectors: Vectors, title_vectors: Vectors, *, parent: Manifest | None
+    store: Store,
+    recipe: Recipe,
+    chunks: pa.Table,
+    vectors: Vectors,
+    title_vectors: Vectors,
+    *,
+    parent: Manifest | None,
+    tokens: Callable[[Sequence[str]], list[Vectors]] | None = None,
 ) -> tuple[Manifest, Health | None]:
     """`publish_snapshot` of what is in memory: a row a chunk, and vectors in the same order, float32 (rows, dims)."""
     for name, matrix in (("text", vectors), ("title", title_vectors)):
@@ -112,7 +137,7 @@ async def build_snapshot(
         rows = [at[chunk_id] for chunk_id in batch["chunk_id"].to_pylist()]
         return vectors[rows], title_vectors[rows]
 
-    return await publish_snapshot(store, recipe, Rows(chunks.to_batches, vectors_of), parent=parent)
+    return await publish_snapshot(store, recipe, Rows(chunks.to_batches, vectors_of, tokens), parent=parent)
 
 
 async def publish_snapshot(store: Store, recipe: Recipe, rows: Rows, *, parent: Manifest | None) -> tuple[Manifest, Health | None]:
@@ -125,6 +150,9 @@ async def publish_snapshot(store: Store, recipe: Recipe, rows: Rows, *, parent: 
     if existing:
         return existing, None
     found = survey(rows.batches())
+    _check_attributes(found, recipe)
+    if recipe.late_interaction and rows.tokens is None:
+        raise SnapshotError("there are no token vectors to rerank with.", fix="Give the rows a model that has some.")
     if parent:
         try:
             increment = await increment_from(store, recipe, found, parent)
@@ -138,14 +166,18 @@ async def publish_snapshot(store: Store, recipe: Recipe, rows: Rows, *, parent: 
 def find_parent(store: Store, recipe: Recipe) -> Manifest | None:
     """The newest snapshot that this recipe can go on from: equal fingerprint, chunking, index structure and LanceDB version.
 
-    How it is searched (`ef`, the fusion) may differ, because only the manifest holds that.
+    Both have token vectors, or neither has. How it is searched (`ef`, the fusion) may differ, because only the manifest holds that.
     """
 
-    def structure(fingerprint: str, chunking: Mapping[str, Any], index: Mapping[str, Any], lancedb: str) -> tuple[Any, ...]:
-        return fingerprint, dict(chunking), index["m"], index["ef_construction"], lancedb
+    def structure(fingerprint: str, chunking: Mapping[str, Any], index: Mapping[str, Any], tokens: bool, lancedb: str) -> tuple[Any, ...]:  # noqa: FBT001
+        return fingerprint, dict(chunking), index["m"], index["ef_construction"], tokens, lancedb
 
-    wanted = structure(recipe.fingerprint, recipe.chunking, recipe.searched_with, version("lancedb"))
-    alike = (each for each in manifests(store) if structure(each.fingerprint, each.chunking, each.index, each.lancedb) == wanted)
+    wanted = structure(recipe.fingerprint, recipe.chunking, recipe.searched_with, recipe.late_interaction, version("lancedb"))
+    alike = (
+        each
+        for each in manifests(store)
+        if structure(each.fingerprint, each.chunking, each.index, "tokens" in each.rerank, each.lancedb) == wanted
+    )
     return max(alike, key=lambda manifest: manifest.built_at, default=None)
 
 
@@ -183,6 +215,7 @@ async def _publish(store: Store, recipe: Recipe, rows: Rows, found: Survey, incr
             await _merge(folder, rows, found, increment.delta, dims=recipe.model.dims)
         else:
             await _write(folder, rows, found, recipe)
+        stored = {"tokens": store_tokens(store, folder, rows, found, recipe.fingerprint)} if rows.tokens else {}
         manifest = Manifest(
             build_key=recipe.build_key,
             embedding_model=recipe.model.name,
@@ -201,6 +234,7 @@ async def _publish(store: Store, recipe: Recipe, rows: Rows, found: Survey, incr
             files={},
             built="incremental" if increment else "full",
             delta=increment.counts if increment else {},
+            rerank={**recipe.rerank, **stored},
         )
         health = await examine(folder, manifest, found, rows)
         problems = list(health.problems)
@@ -211,7 +245,7 @@ async def _publish(store: Store, recipe: Recipe, rows: Rows, found: Survey, incr
         files = hash_tree(folder)
         if increment and parent:
             check_inherited(folder, files, parent, increment.parent)
-        manifest = replace(manifest, files=files)
+        manifest = replace(manifest, files=files, restricted=health.restricted)
         seal(folder, manifest)
         store.publish(folder, snapshot_key(manifest.snapshot_id))
     return manifest, health
@@ -219,13 +253,16 @@ async def _publish(store: Store, recipe: Recipe, rows: Rows, found: Survey, incr
 
 async def _write(folder: Path, rows: Rows, found: Survey, recipe: Recipe) -> None:
     import lancedb
-    from lancedb.index import FTS, HnswSq
+    from lancedb.index import FTS, Bitmap, BTree, HnswSq, LabelList
 
     database = await lancedb.connect_async(folder)
     with _reader(rows.batches(), rows, found, dims=recipe.model.dims) as reader:
         table = await database.create_table(TABLE, reader)
     for column in ("content", "title"):
         await table.create_index(column, config=FTS(with_position=False))
+    await table.create_index(ACL_COLUMN, config=LabelList())
+    for each in filterable(recipe.index.filters).values():
+        await table.create_index(each.name, config=Bitmap() if each.kind == "flag" else BTree())
     if recipe.index_of(found.rows)["vector_index"]:
         index = HnswSq(distance_type="cosine", m=recipe.index.m, ef_construction=recipe.index.ef_construction)
         for column in ("vector", "title_vector"):
@@ -294,6 +331,13 @@ def _with_vectors(batch: pa.RecordBatch, vectors: Vectors, title_vectors: Vector
     pairs = zip(batch["title"].to_pylist(), batch["text"].to_pylist(), strict=True)
     contents = pa.array([embedded_text(title, text) for title, text in pairs], pa.string())
     return pa.record_batch([*batch.columns, contents, *columns], schema=schema)
+
+
+def _check_attributes(found: Survey, recipe: Recipe) -> None:
+    wanted = row_schema(recipe.index.filters)
+    if not found.schema.remove_metadata().equals(wanted):
+        absent = ", ".join(wanted.names[len(CHUNKS) :])
+        raise SnapshotError(f"the rows are not chunks with {absent}.", fix="Take them from rag_assets.attributes.attributed_chunks.")
 
 
 def _check_shape(name: str, matrix: Vectors, *, rows: int, dims: int) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from rag_assets.attributes import declared_of
 from rag_assets.chunking import CHUNKER_VERSION, Chunker, Sizing, markup_of
 from rag_assets.corpus import (
     CHUNKS,
@@ -212,20 +213,23 @@ def sizing_model(bench: Workbench) -> str:
 def split_chunks(bench: Workbench) -> Ingested:
     """Chunks of the documents, in their order; documents whose title and text are as they were keep theirs.
 
-    Of documents equal in title, text and access list only the first has chunks, so that repeating a text gives it no weight. Counts the
-    documents chunked now, reused, aliases (equal to one before), and the truncated chunks: those that the sizing model cuts off.
+    Of documents equal in title, text, access list and filterable metadata only the first has chunks, so that repeating a text gives it no
+    weight. Counts the documents chunked now, reused, aliases (equal to one before), and the truncated chunks: those that the sizing model cuts off.
     """
     store, documents, basis = bench.store, require_table(bench.store, "documents"), chunks_basis(bench)
+    filters = bench.settings.index.filters
     made_from = fingerprint_of(basis, documents.content_of(*_CUT_FROM))
+    if filters:
+        made_from = fingerprint_of(made_from, documents.content_of("metadata"), filters)
     known, cuts = (unchanged_table(store, name, made_from=made_from) for name in ("chunks", "cuts"))
     if known and cuts:
         return Ingested(known, {"chunked": 0, "reused": documents.rows, **_cut_counts(store, cuts)})
     chunks, cut_rows = TableWriter(store, "chunks", CHUNKS), TableWriter(store, "cuts", CUTS)
     earlier = _EarlierChunks(store, basis)
     first = first_copies(
-        f"{content}{acl}"
-        for batch in batches_of(store, documents, columns=["content", "acl"])
-        for content, acl in zip(batch["content"].to_pylist(), batch["acl"].to_pylist(), strict=True)
+        f"{row['content']}{row['acl']}{declared_of(row['metadata'], filters) or ''}"
+        for batch in batches_of(store, documents, columns=["content", "acl", "metadata"])
+        for row in batch.to_pylist()
     )
     repeated = np.unique(first[first != np.arange(len(first))]).tolist()
     originals = dict(zip(repeated, StoredRows(store, documents, columns=["doc_id"]).take(repeated), strict=True))

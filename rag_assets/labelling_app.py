@@ -17,8 +17,8 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from evals.collections import EvalSetError
 from rag_assets.labelling import Desk, open_desk
 from rag_assets.workbench import Workbench
+from rag_serving.edge.ports import require_port
 from rag_serving.errors import RaglineError
-from rag_serving.ports import require_port
 
 _TYPES = {"index.html": "text/html", "label.js": "text/javascript", "label.css": "text/css"}
 _POLICY = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'"

@@ -13,7 +13,9 @@ import pyarrow.compute as pc
 from evals.collections import AnswerSpan, EvalSet
 from evals.diversity import distinct_documents, hubness, intra_list_similarity
 from evals.metrics import QueryRow, document_ranking, score_rankings
+from rag_serving.deadline import Deadline
 from rag_serving.encoding import Encoder, Vectors
+from rag_serving.reranking import Reranker
 from rag_serving.retrieval import Retriever, open_table
 from rag_serving.settings import Retrieval, Weights, Wording
 from rag_serving.snapshots import snapshot_key
@@ -23,6 +25,7 @@ _NO_WORDING = Wording(pool=0)
 BM25_ALONE = Retrieval(weights=Weights(dense_text=0, dense_title=0, bm25_text=1, bm25_title=0), wording=_NO_WORDING)
 DENSE_ALONE = Retrieval(weights=Weights(dense_text=1, dense_title=0, bm25_text=0, bm25_title=0), wording=_NO_WORDING)
 _DEPTH = 50
+_RERANK_SECONDS = 60.0  # a measurement waits, where a request would go on in fused order
 _SAMPLE = 200
 _TIMED = 200
 _AT_ONCE = 8
@@ -48,9 +51,10 @@ async def serve(
     *,
     k: int,
     fusion: Retrieval | None = None,
+    reranker: Reranker | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Served:
-    """Retrieve for every query; `vectors` has a row a query, None for words alone.
+    """Retrieve for every query, and rerank as the snapshot says; `vectors` has a row a query, None for words alone.
 
     The first 200 queries go one after the other and are timed; the rest go eight at a time.
     """
@@ -60,7 +64,10 @@ async def serve(
 
     async def rank(number: int) -> None:
         query = eval_set.queries[number]
-        hits = await retriever.retrieve(query.text, None if vectors is None else vectors[number], k=max(_DEPTH, k), fusion=fusion)
+        depth = max(_DEPTH, k, reranker.pool if reranker else 0)
+        hits = await retriever.retrieve(query.text, None if vectors is None else vectors[number], k=depth, fusion=fusion, groups=None)
+        if reranker:
+            hits = await reranker.rerank(query.text, hits, k=depth, deadline=Deadline.after(_RERANK_SECONDS))
         documents[query.query_id] = document_ranking((hit.chunk_id, hit.doc_id, hit.score) for hit in hits)
         passages[query.query_id] = tuple((hit.chunk_id, hit.doc_id) for hit in hits[:k])
 
@@ -83,10 +90,11 @@ async def measure(
     *,
     k: int,
     fusion: Retrieval | None = None,
+    reranker: Reranker | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[QueryRow, ...]:
     """`serve`, scored on documents."""
-    served = await serve(retriever, vectors, eval_set, k=k, fusion=fusion, progress=progress)
+    served = await serve(retriever, vectors, eval_set, k=k, fusion=fusion, reranker=reranker, progress=progress)
     return score_rankings(eval_set.qrels, served.documents, k=k, latencies_ms=served.latencies_ms)
 
 

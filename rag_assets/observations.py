@@ -1,28 +1,39 @@
-"""What was asked lately, and what was asked when a release was new: the two sides of query drift.
+"""What serving observed: the rows of its log, and the two sides of query drift, what was asked lately and when a release was new.
 
-Serving keeps rows under `observations/`, Parquet files whose names sort by time; those with a `query` column hold words, where that was opted
-into. With fewer than 100 such queries the eval set stands in for them, so that a changed eval set shows as well.
+Serving keeps rows in `observations/<day>/`, Parquet parts whose names sort by time (`rag_serving/observations.py` has the columns); those with a
+`query` column hold words, where that was opted into. With fewer than 100 such queries the eval set stands in for them, so that a changed eval
+set shows as well. The parts of an hour that is over are merged into one; a merged part names those it was made of, which count no more.
 """
 
 import hashlib
 import io
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from typing import Literal
+from datetime import UTC, datetime, timedelta
+from typing import Any, Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from evals.collections import open_eval_set
 from rag_serving.errors import AlreadyExists, StoreError
+from rag_serving.observations import PREFIX
 from rag_serving.seals import sealed, unsealed
 from rag_serving.settings import Settings
 from rag_serving.store import Store
 
 Origin = Literal["observed", "eval_set"]
+Row = Mapping[str, Any]
 
-_PREFIX = "observations"
 _FEWEST = 100
+_MERGED = "merged"
+_MADE_OF = b"ragline.made_of"
+_SETTLED = timedelta(minutes=10)  # after which no process still writes into an hour
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +48,7 @@ class QueryWindow:
 def query_window(store: Store, settings: Settings, *, most: int) -> QueryWindow:
     """The newest `most` observed queries, else as many of the eval set: those of the smallest id hashes, which few additions change."""
     at = datetime.now(UTC).isoformat(timespec="seconds")
-    observed = _observed(store, most)
+    observed = _observed_queries(store, most)
     if len(observed) >= _FEWEST:
         return QueryWindow("observed", tuple(observed), at)
     queries = open_eval_set(settings.eval.source, root=settings.root).queries
@@ -61,15 +72,114 @@ def reference_window(store: Store, manifest_sha256: str, window: QueryWindow) ->
         raise StoreError(f"{key} is damaged or was edited.", fix="Delete that file; the queries of now are kept in its place.") from None
 
 
-def _observed(store: Store, most: int) -> list[str]:
+def rows_since(store: Store, since: datetime, *, columns: Sequence[str], canary: int, most: int) -> list[Row]:
+    """The first `most` rows from `since` on that were seen while the canary of this ledger entry ran, oldest first, with these columns.
+
+    A part that cannot be read is passed over and logged: one bad file must not switch off who watches.
+    """
+    tables: list[pa.Table] = []
+    for key in _parts(store, since=since):
+        try:
+            table = _table(store, key, columns=("at", "canary", *columns))
+        except StoreError as error:
+            log.warning("not counted: %s", error)
+            continue
+        if "canary" in table.column_names:
+            tables.append(table.filter(pc.equal(table["canary"], canary)))
+        if sum(each.num_rows for each in tables) >= most:
+            break
+    if not tables:
+        return []
+    rows: list[Row] = pa.concat_tables(tables, promote_options="default").sort_by("at").slice(0, most).to_pylist()
+    return rows
+
+
+def tidy(store: Store, *, keep_days: float, now: datetime | None = None) -> int:
+    """Merge the parts of each hour that is over, and take away the days that ended more than `keep_days` ago; how many parts went.
+
+    A merger that was interrupted at any point neither loses a row nor counts one twice; an hour with a part that cannot be read stays as it is.
+    """
+    now = now or datetime.now(UTC)
+    oldest = f"{now - timedelta(days=keep_days):%Y-%m-%d}"
+    gone = 0
+    for day in store.names(PREFIX):
+        if day < oldest:
+            gone += len(store.names(f"{PREFIX}/{day}"))
+            store.remove(f"{PREFIX}/{day}")
+            continue
+        hours: dict[str, list[str]] = {}
+        for name in store.names(f"{PREFIX}/{day}"):
+            if f"{day}T{name[:2]}" < f"{now - timedelta(hours=1) - _SETTLED:%Y-%m-%dT%H}" or name.startswith(_MERGED):
+                hours.setdefault(name.removeprefix(f"{_MERGED}-")[:2], []).append(name)
+        for hour, names in hours.items():
+            try:
+                gone += _merge(store, f"{PREFIX}/{day}", hour, names)
+            except StoreError as error:
+                log.warning("hour %s of %s stays in parts: %s", hour, day, error)
+    return gone
+
+
+def _merge(store: Store, folder: str, hour: str, names: Sequence[str]) -> int:
+    """Make one part of an hour's parts and take those away; after an interrupted merger, take away what it left."""
+    merged = f"{_MERGED}-{hour}.parquet"
+    parts = [name for name in names if name != merged]
+    if merged not in names:
+        if len(parts) < 2:
+            return 0
+        table = pa.concat_tables([_table(store, f"{folder}/{name}") for name in parts], promote_options="default")
+        made_of = table.replace_schema_metadata({_MADE_OF: json.dumps(parts)})
+        buffer = io.BytesIO()
+        pq.write_table(made_of, buffer)
+        store.create(f"{folder}/{merged}", buffer.getvalue())
+        replaced = set(parts)
+    else:
+        replaced = _made_of(store, f"{folder}/{merged}")
+    spent = [name for name in parts if name in replaced]
+    for name in spent:
+        store.remove(f"{folder}/{name}")
+    return len(spent)
+
+
+def _parts(store: Store, *, since: datetime | None = None, newest_first: bool = False) -> Iterator[str]:
+    """The keys of the parts that count, by time; with `since`, those that may hold rows from then on."""
+    first_day, first_hour = (f"{since:%Y-%m-%d}", f"{since:%H}") if since else ("", "")
+    days = [day for day in store.names(PREFIX) if day >= first_day]
+    for day in reversed(days) if newest_first else days:
+        folder = f"{PREFIX}/{day}"
+        names = store.names(folder)
+        replaced = {name for each in names if each.startswith(_MERGED) for name in _made_of(store, f"{folder}/{each}")}
+        counted = [name for name in names if name not in replaced and (day > first_day or _hour(name) >= first_hour)]
+        for name in sorted(counted, key=lambda name: name.removeprefix(f"{_MERGED}-"), reverse=newest_first):
+            yield f"{folder}/{name}"
+
+
+def _hour(name: str) -> str:
+    return name.removeprefix(f"{_MERGED}-")[:2]
+
+
+def _made_of(store: Store, key: str) -> set[str]:
+    try:
+        metadata = pq.read_metadata(io.BytesIO(store.read(key))).metadata or {}
+        return set(json.loads(metadata.get(_MADE_OF, b"[]")))
+    except (pa.ArrowInvalid, OSError):
+        return set()
+
+
+def _table(store: Store, key: str, *, columns: Sequence[str] | None = None) -> pa.Table:
+    try:
+        part = pq.ParquetFile(io.BytesIO(store.read(key)))
+        return part.read(columns=None if columns is None else [name for name in columns if name in part.schema_arrow.names])
+    except (pa.ArrowInvalid, OSError):
+        raise StoreError(f"{key} is no Parquet file.", fix="Delete that file; its requests are not counted.") from None
+
+
+def _observed_queries(store: Store, most: int) -> list[str]:
     queries: list[str] = []
-    for name in reversed(store.names(_PREFIX)):
+    for key in _parts(store, newest_first=True):
         if len(queries) >= most:
             break
-        try:
-            table = pq.read_table(io.BytesIO(store.read(f"{_PREFIX}/{name}")))
-        except (pa.ArrowInvalid, OSError):
-            raise StoreError(f"{_PREFIX}/{name} is no Parquet file.", fix="Delete that file; its requests are not counted.") from None
+        table = _table(store, key, columns=("query", "arm"))
         asked = table["query"].to_pylist() if "query" in table.column_names else []
-        queries = [query for query in asked if query and query.strip()] + queries
+        arms = table["arm"].to_pylist() if "arm" in table.column_names else ["champion"] * len(asked)
+        queries = [query for query, arm in zip(asked, arms, strict=False) if arm != "shadow" and query and query.strip()] + queries
     return queries[-most:]

@@ -13,6 +13,7 @@ from importlib.metadata import version
 import numpy as np
 
 from rag_assets import ingestion, steps
+from rag_assets.attributes import attributed_chunks
 from rag_assets.corpus import Table, table_batches, whole_table
 from rag_assets.earlier import RowIndex
 from rag_assets.embedding import known_fingerprint, missing
@@ -150,7 +151,7 @@ def _plan_snapshot(bench: Workbench, name: str, fingerprint: str, corpus: Corpus
     if parent is None:
         return "full", [_difference(recipe, steps.current_snapshot(bench, name))]
     if corpus.unchanged:
-        found = survey(table_batches(bench.store, "chunks"))
+        found = survey(attributed_chunks(bench.store, bench.settings.index.filters))
         increment = asyncio.run(increment_from(bench.store, recipe, found, parent))
         return (
             ("incremental", [f"{increment.delta.rows} of {found.rows} rows differ"])

@@ -20,13 +20,17 @@ from honcho.printer import Printer
 from rich.console import Console
 
 from rag_assets.postgres import Databases, export, postgres
+from rag_serving.edge.ports import port_is_free
 from rag_serving.errors import PlatformError
-from rag_serving.ports import port_is_free
 from rag_serving.settings import Settings
+from rag_serving.signals.exporting import ENDPOINTS
+from rag_serving.writing.local_llm import fetch
 
 MARK = "HONCHO_PLATFORM"
 STOP_SECONDS = 10
 POLL_SECONDS = 0.5
+LOCAL_LLM_SECONDS = 120
+TRACES_EXPERIMENT = "0"  # MLflow's Default: it is there from the start
 
 
 @dataclass(frozen=True)
@@ -51,11 +55,14 @@ def services(settings: Settings) -> tuple[Service, ...]:
         Service("mlflow", "MLflow", "RAGLINE_MLFLOW_PORT", places.mlflow_port, "/health"),
         Service("embedder", "embedder", "RAGLINE_EMBEDDER_PORT", places.embedder_port, "/readyz"),
         Service("serving", "serving", "RAGLINE_SERVING_PORT", places.serving_port, "/livez"),
+        Service("llm", "LLM", "RAGLINE_LLM_PORT", places.llm_port, "/health"),
     )
 
 
-def up(settings: Settings, *, console: Console, procfile: Path | None = None) -> int:
+def up(settings: Settings, *, console: Console, procfile: Path | None = None, local_llm: bool = False) -> int:
     """Run the platform until Ctrl-C, SIGTERM or SIGHUP, or until one of its processes ends; call it from the main thread.
+
+    With `local_llm` a language model of this machine runs too and writes the answers; its weights are downloaded first, once.
 
     Returns 0 when it was asked to stop, else the exit code of the process that ended first (1 if that was 0). Either way nothing is left
     running. Raises PlatformError when a port is taken or Postgres does not start.
@@ -67,6 +74,10 @@ def up(settings: Settings, *, console: Console, procfile: Path | None = None) ->
     for given, process in ((settings.places.mlflow_url, "mlflow"), (settings.places.embedder_url, "embedder")):
         if given:
             commands.pop(process, None)
+    if local_llm:
+        fetch(settings)
+    else:
+        commands.pop("llm", None)
     settings = _with_chosen_ports(settings)
     awaited = tuple(service for service in services(settings) if service.process in commands)
     for service in awaited:
@@ -100,7 +111,7 @@ def _with_chosen_ports(settings: Settings) -> Settings:
     """Port 0 becomes a free one here, because the processes must agree on it."""
     chosen = {}
     with ExitStack() as held:
-        for name in ("dagster_port", "mlflow_port", "embedder_port", "serving_port"):
+        for name in ("dagster_port", "mlflow_port", "embedder_port", "serving_port", "llm_port"):
             if getattr(settings.places, name) == 0:
                 listener = held.enter_context(closing(socket.create_server((settings.places.host, 0))))
                 chosen[name] = listener.getsockname()[1]
@@ -142,6 +153,28 @@ def environment(settings: Settings, databases: Databases) -> dict[str, str]:
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "PYTHONUNBUFFERED": "1",
     }
+
+
+def llm_environment(settings: Settings) -> dict[str, str]:
+    """What makes the services ask the local language model, and gives it the time it takes on a CPU."""
+    service = next(service for service in services(settings) if service.process == "llm")
+    return {
+        "RAGLINE_LLM_URL": f"{service.url(settings.places.host)}/v1",
+        "RAGLINE_LLM_MODEL": settings.local_llm.model,
+        "RAGLINE_DEADLINE_SECONDS": str(settings.places.deadline_seconds or LOCAL_LLM_SECONDS),
+    }
+
+
+def tracing(settings: Settings) -> dict[str, str]:
+    """Where the services send their traces: to MLflow, whose server takes OTLP, unless the environment names an endpoint.
+
+    Only they are told: MLflow's own client in the other processes would send its traces there too.
+    """
+    if any(os.environ.get(name) for name in ENDPOINTS):
+        return {}
+    mlflow = next(service for service in services(settings) if service.process == "mlflow")
+    url = (settings.places.mlflow_url or mlflow.url(settings.places.host)).rstrip("/")
+    return {ENDPOINTS[0]: f"{url}/v1/traces", "OTEL_EXPORTER_OTLP_TRACES_HEADERS": f"x-mlflow-experiment-id={TRACES_EXPERIMENT}"}
 
 
 class _Processes(Manager):  # type: ignore[misc]  # honcho has no types
@@ -212,9 +245,10 @@ def _run(commands: dict[str, str], settings: Settings, databases: Databases, awa
         _announce(awaited, settings.places.host, stopping, console=console)
 
     processes = _Processes(announce, console.file)
-    env = {**environment(settings, databases), MARK: processes.mark}
+    env = {**environment(settings, databases), **(llm_environment(settings) if "llm" in commands else {}), MARK: processes.mark}
     for name, command in commands.items():
-        processes.add_process(name, command, env=env, cwd=str(settings.root))
+        told = tracing(settings) if name in {"embedder", "serving"} else {}
+        processes.add_process(name, command, env={**env, **told}, cwd=str(settings.root))
     try:
         processes.loop()
     finally:

@@ -1,11 +1,12 @@
-"""The canary gate on synthetic traffic: the eval queries as they would arrive, answered by challenger and champion, compared as they come in.
+"""The canary gate: what real traffic says of the challenger, and where that is thin the eval queries as they would arrive, answered by both.
 
 The per-query reciprocal ranks of the two evaluations are the replay: they were made through the code and bytes that serving uses, each bound
 to its snapshot's manifest. Only a stale one is measured again. Queries arrive in the order of a hash of their ids, so a replay repeats.
+Real requests come from the observation log, by way of the challenger's trial as a canary.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from evals.gates import GateResult, Rule, decide
 from evals.sequential import any_time
@@ -16,13 +17,20 @@ _SCALE = 0.05  # of losses beyond the margin that are looked for: finds one of 0
 
 
 def canary_gate(
-    challenger: Mapping[str, float], champion: Mapping[str, float] | None, *, margin: float, alpha: float, min_queries: int
+    challenger: Mapping[str, float],
+    champion: Mapping[str, float] | None,
+    *,
+    margin: float,
+    alpha: float,
+    min_queries: int,
+    requests: int = 0,
+    observed: Sequence[Rule] = (),
 ) -> GateResult:
     """Watch the challenger's reciprocal ranks (query id to value) against the champion's, query after query.
 
     FAIL as soon as a loss beyond `margin` is shown (mSPRT, so that looking at every query is fair). INCONCLUSIVE with fewer than `min_queries`,
-    and when such a loss was seen but not shown. PASS otherwise, and when there is no champion. Raises EvidenceError when the two answered
-    other queries.
+    and when such a loss was seen but not shown. PASS otherwise, and when there is no champion. `observed` are the rules of a trial on real
+    traffic, whose `requests` count like replayed queries; each must hold too. Raises EvidenceError when the two answered other queries.
     """
     if champion is None:
         first = Rule("first_release", passed=True, observed=0.0, required=0.0, detail="nothing is live to compare with")
@@ -32,16 +40,17 @@ def canary_gate(
     arriving = sorted(champion, key=lambda query_id: hashlib.sha256(query_id.encode()).digest())
     differences = [challenger[query_id] - champion[query_id] for query_id in arriving]
     total = len(differences)
+    seen = f"{total:,} queries were replayed" + (f" and {requests:,} real requests answered" if requests else "")
     enough = Rule(
         "enough_traffic",
-        total >= min_queries,
-        float(total),
+        total + requests >= min_queries,
+        float(total + requests),
         float(min_queries),
-        f"{total:,} queries were replayed; {min_queries:,} are needed",
+        f"{seen}; {min_queries:,} are needed",
         conclusive=False,
     )
     if total < 2:
-        return decide(CANARY, (enough,), praise=enough.detail)
+        return decide(CANARY, (enough, *observed), praise=enough.detail)
     beyond = [difference + margin for difference in differences]
     look = any_time(beyond, planned=total, minimum=min(max(2, min_queries // 3), total), tau=_SCALE, alpha=alpha)
     loss = look.mean - margin
@@ -49,4 +58,5 @@ def canary_gate(
     evidence = f"likelihood ratio of a loss beyond {margin:g} is {look.evidence:.2g}; {look.boundary:g} stops"
     stopped = look.outcome == "stop-bad"
     harmless = Rule("no_harm", not stopped and loss >= -margin, look.evidence, look.boundary, f"{shown}: {evidence}", conclusive=stopped)
-    return decide(CANARY, (enough, harmless), praise=f"{shown}; {evidence}")
+    real = f"; {requests:,} real requests show no harm" if requests else ""
+    return decide(CANARY, (enough, harmless, *observed), praise=f"{shown}; {evidence}{real}")

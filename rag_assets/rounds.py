@@ -29,6 +29,7 @@ def open_round(bench: Workbench) -> Round:
         gate=bench.settings.gate,
         measured=lambda snapshot_id: steps.evaluate_snapshot(bench, read_manifest(bench.store, snapshot_id), eval_set),
         warm_up=lambda candidate: judge_warm_up(bench, candidate, eval_set),
+        traffic=bench.settings.canary,
     )
 
 

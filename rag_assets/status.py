@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from rag_assets.evaluation import Evaluation, read_evaluation
+from rag_assets.trial import trial_of
 from rag_serving import promotion
 from rag_serving.errors import SnapshotError
-from rag_serving.releases import Ledger, Release
+from rag_serving.releases import Ledger, Release, State
 from rag_serving.settings import Settings
 from rag_serving.snapshots import Manifest, read_manifest, snapshot_ids
 from rag_serving.store import LocalStore, Store
@@ -31,12 +32,23 @@ def describe(settings: Settings) -> dict[str, Any]:
         "release": state.champion.number if state.champion else 0,
         "champion": _release_facts(store, state.champion) if state.champion else None,
         "previous": _release_facts(store, state.previous) if state.previous else None,
-        "canary": _release_facts(store, state.canary) if state.canary else None,
+        "canary": {**_release_facts(store, state.canary), **_trial_facts(store, state, settings)} if state.canary else None,
         "holds": [{"number": hold.number, "actor": hold.actor, "reason": hold.reason, "at": hold.at} for hold in state.holds],
         "pinned": sorted(state.pinned),
         "snapshots": snapshots,
         "store": str(settings.store_dir),
     }
+
+
+def _trial_facts(store: Store, state: State, settings: Settings) -> dict[str, Any]:
+    """What real traffic says of the canary so far: requests it answered, and the mean difference to the champion's in each quality."""
+    if state.canary is None or state.champion is None:
+        return {}
+    trial = trial_of(store, snapshot_id=state.canary.snapshot_id, champion=state.champion.snapshot_id, settings=settings.canary)
+    if trial is None:
+        return {}
+    differences = {signal.name: sum(signal.differences) / len(signal.differences) for signal in trial.signals}
+    return {"requests": trial.requests, "differences": differences, "overlaps": dict(trial.overlaps)}
 
 
 def _snapshot_facts(store: Store, snapshot_id: str) -> dict[str, Any]:
@@ -111,6 +123,8 @@ def print_status(console: Console, facts: dict[str, Any]) -> None:
     console.print(f"  previous: {previous['snapshot_id'] if previous else 'none'}", highlight=False)
     if canary:
         console.print(f"  [cyan]canary[/]: {canary['snapshot_id']} since entry {canary['number']}", highlight=False)
+        means = ", ".join(f"{name.replace('_', ' ')} {mean:+.3f}" for name, mean in canary.get("differences", {}).items())
+        console.print(f"    {canary.get('requests', 0):,} real requests; against the champion: {means or 'nothing yet'}", highlight=False)
     if facts["pinned"]:
         console.print(f"  pinned: {', '.join(facts['pinned'])}", highlight=False)
 
@@ -135,10 +149,10 @@ def follow(settings: Settings, number: int, *, patience_seconds: float = 5.0) ->
     with httpx2.Client(base_url=f"http://{host}:{settings.places.serving_port}", trust_env=False, timeout=1) as client:
         while time.perf_counter() - started < patience_seconds:
             try:
-                opened = client.get("/v1/release").json().get("open") or {}
+                released = client.get("/readyz").json().get("release")
             except (httpx2.TransportError, ValueError, AttributeError):  # nobody, or another program
                 return None, "No server answers here; those that run elsewhere follow by themselves."
-            if opened.get("release") == number:
+            if released == number:
                 seconds = round(time.perf_counter() - started, 3)
                 return seconds, f"The running server followed after {seconds:.2f} s."
             time.sleep(0.02)

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from evals.collections import EvalSet, open_eval_set
+from rag_assets.attributes import attributed_chunks, attributes_sha256
 from rag_assets.background import background_of, require_uncontaminated
 from rag_assets.corpus import require_table, table_batches
 from rag_assets.embedding import embed_missing, remember_fingerprint
@@ -20,6 +21,7 @@ from rag_assets.evaluation import Evaluation, evaluate, read_evaluation
 from rag_assets.freezing import Coverage, Health, cover
 from rag_assets.indexing import Recipe, find_parent, publish_snapshot
 from rag_assets.ingestion import aliases, document_ids
+from rag_assets.local_reranking import local_reranker, rerank_rule
 from rag_assets.measurement import held_documents
 from rag_assets.survey import Rows, survey
 from rag_assets.throughput import TimedEncoder, add_throughput
@@ -27,7 +29,8 @@ from rag_assets.vectors import EmbeddingCache, Vectors, text_keys
 from rag_assets.workbench import Workbench
 from rag_serving.encoding import LocalEncoder
 from rag_serving.errors import SnapshotError
-from rag_serving.retrieval import QUERY_CODE, embedded_text, open_table
+from rag_serving.passages import embedded_text
+from rag_serving.retrieval import QUERY_CODE, open_table
 from rag_serving.snapshots import Manifest, read_manifest, snapshot_key
 from rag_serving.store import Store
 
@@ -119,6 +122,8 @@ def recipe_of(bench: Workbench, model_name: str, *, fingerprint: str) -> Recipe:
         chunking=bench.settings.chunking.model_dump(),
         index=bench.settings.index,
         retrieval=bench.settings.retrieval.scaled(spec.dense_scale),
+        rerank=rerank_rule(bench.settings, spec),
+        attributes_sha256=attributes_sha256(bench.store, bench.settings.index.filters),
     )
 
 
@@ -133,7 +138,12 @@ def snapshot_corpus(bench: Workbench, model_name: str) -> BuiltSnapshot:
         texts, titles = (cache.vectors(text_keys(column)) for column in embedded_texts(batch))
         return texts, titles
 
-    rows, started = Rows(lambda: table_batches(bench.store, "chunks"), vectors), time.perf_counter()
+    def tokens(texts: Sequence[str]) -> list[Vectors]:
+        bench.tally["embedded"] += len(texts)
+        return model.encode_tokens(texts, query=False)
+
+    late = tokens if recipe.late_interaction else None
+    rows, started = Rows(lambda: attributed_chunks(bench.store, recipe.index.filters), vectors, late), time.perf_counter()
     with bench.reporter.bar(f"indexing with {model_name}"):
         build = publish_snapshot(bench.store, recipe, rows, parent=find_parent(bench.store, recipe))
         manifest, health = asyncio.run(build)
@@ -205,6 +215,7 @@ def evaluate_snapshot(bench: Workbench, manifest: Manifest, eval_set: EvalSet, *
             lambda: LocalEncoder(bench.model(model_name)),
             k=bench.settings.eval.k,
             max_age_days=bench.settings.gate.max_age_days,
+            rerankers=partial(local_reranker, bench.store, bench.settings),
             bm25=measured_before[0].bm25 if measured_before else None,
             background=background if of_this_corpus else lambda: replace(background(), spans={}),
             fresh=fresh,

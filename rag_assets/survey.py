@@ -4,7 +4,7 @@ The rows pass by a batch at a time; what stays in memory is at most 64 bytes a c
 """
 
 import hashlib
-from collections.abc import AsyncIterable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,10 +23,12 @@ class Rows:
     """Chunks and their vectors. `batches` gives all chunks in order, as often as it is called.
 
     `vectors` gives the text and the title vectors of the chunks of a batch, or of some of its rows: float32 (rows, dims), of unit norm.
+    `tokens` gives the token vectors of embedded texts, float32 (tokens, dims) of unit norm each; None where reranking does not need them.
     """
 
     batches: Callable[[], Iterable[pa.RecordBatch]]
     vectors: Callable[[pa.RecordBatch], tuple[Vectors, Vectors]]
+    tokens: Callable[[Sequence[str]], list[Vectors]] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,6 +17,9 @@ from rag_serving.promotion import override_of
 from rag_serving.releases import Action, Entry, Release, fold
 from rag_serving.retrieval import Hit
 from rag_serving.store import Store
+
+if TYPE_CHECKING:
+    from rag_assets.fitting import Fit
 
 _STYLES = {Action.PROMOTE: "green", Action.CANARY: "cyan", Action.HOLD: "yellow", Action.ROLLBACK: "yellow", Action.ABORT: "yellow"}
 _COLOURS = {"champion": "green", "passed": "cyan", "refused": "red", "inconclusive": "yellow", "withdrawn": "yellow", "unjudged": "dim"}
@@ -100,3 +104,22 @@ def print_collection(console: Console, decided: Plan, *, dry_run: bool) -> None:
         )
     if not decided.garbage:
         console.print("Nothing to collect.")
+
+
+def print_fit(console: Console, found: "Fit") -> None:
+    """What fitted weights do to both halves of the eval set, and the lines for ragline.toml when they are worth it."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("half", "queries", "fused order", "present weights", "fitted weights"):
+        table.add_column(name, justify="left" if name == "half" else "right")
+    for name, half in (("tune", found.tune), ("held-out", found.heldout)):
+        table.add_row(name, f"{half.queries:,}", *(f"{value:.4f}" for value in (half.fused, half.present, half.fitted)))
+    console.print(table)
+    gain = found.heldout_gain
+    change = f"{gain.mean:+.4f} MRR on the held-out half, 95 % interval {gain.low:+.4f} to {gain.high:+.4f}"
+    if not found.kept:
+        console.print(f"The present weights stay: {change}.", highlight=False)
+        return
+    console.print(f"Fitted weights are better: {change}. For ragline.toml, and then `ragline run`:", highlight=False)
+    console.print("\n\\[rerank.weights]", highlight=False)
+    for name, value in found.weights.model_dump().items():
+        console.print(f"{name} = {value}", highlight=False)

@@ -8,16 +8,25 @@ from fastapi import FastAPI
 from opentelemetry.sdk.trace import TracerProvider
 
 from rag_serving import telemetry
-from rag_serving.frame import Frame
-from rag_serving.limits import BodyLimit
+from rag_serving.canary import Traffic
+from rag_serving.edge.entry import Edge
+from rag_serving.edge.frame import Frame
+from rag_serving.edge.keys import require_keys
+from rag_serving.edge.limits import BodyLimit
+from rag_serving.edge.openapi import describe
+from rag_serving.edge.origins import Origins
+from rag_serving.edge.page_files import read_page
+from rag_serving.edge.ports import require_port
+from rag_serving.edge.problems import add_problems, refusal
+from rag_serving.edge.routes import routes
+from rag_serving.generation import Writer
 from rag_serving.live import Live
-from rag_serving.page_files import read_page
+from rag_serving.observations import ObservationLog
 from rag_serving.pipeline import Service
-from rag_serving.ports import require_port
-from rag_serving.problems import add_problems, refusal
-from rag_serving.routes import routes
 from rag_serving.settings import Settings
+from rag_serving.signals import logs
 from rag_serving.store import LocalStore, Store
+from rag_serving.writing.llm import LanguageModel
 
 MOST_BODY_BYTES = 64 << 10
 BODY_SECONDS = 10.0
@@ -27,9 +36,15 @@ _TOO_LONG = f"The body is longer than {MOST_BODY_BYTES} bytes."
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     service: Service = app.state.service
+    edge: Edge = app.state.edge
+    await edge.start()
     service.live.start()
+    service.traffic.start()
     yield
+    await service.traffic.stop()
     await service.live.stop()
+    await service.writer.aclose()
+    await edge.stop()
 
 
 def create_app(settings: Settings, *, store: Store | None = None, tracing: TracerProvider | None = None) -> FastAPI:
@@ -37,25 +52,43 @@ def create_app(settings: Settings, *, store: Store | None = None, tracing: Trace
 
     `tracing` makes its spans; add span processors to it to send them somewhere.
     """
-    tracer = telemetry.tracer(tracing or telemetry.provider())
-    app = FastAPI(title="ragline", version="1", lifespan=_lifespan, docs_url=None, redoc_url=None)
+    tracer = telemetry.tracer(tracing or telemetry.provider(share=settings.telemetry.share))
+    app = FastAPI(title="ragline", version="1", lifespan=_lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.store = store or LocalStore(settings.store_dir)
-    app.state.service = Service(settings, Live(app.state.store, settings))
+    live = Live(app.state.store, settings)
+    observations = ObservationLog(app.state.store, settings.canary)
+    writer = Writer(LanguageModel.configured(settings), settings.generation.llm_timeout_seconds, settings.guards)
+    traffic = Traffic(live, observations, settings.canary, busy=lambda: telemetry.inflight() > settings.admission.concurrency // 2)
+    app.state.service = Service(settings, live, traffic, writer)
+    app.state.edge = Edge(settings, app.state.store)
     app.state.assets = read_page()
     app.state.tracer = tracer
     app.include_router(routes)
     app.add_middleware(BodyLimit, most_bytes=MOST_BODY_BYTES, too_long=_TOO_LONG, refusal=refusal, seconds=BODY_SECONDS)
-    app.add_middleware(Frame, tracer=tracer)
+    app.add_middleware(Frame, tracer=tracer, origins=Origins(settings.access.allowed_hosts, own=settings.places.host))
     add_problems(app)
+    describe(app)
     return app
 
 
 def serve(settings: Settings, *, host: str, port: int) -> None:
     """Run the service until SIGTERM or SIGINT; requests under way are finished first, for ten seconds at most.
 
-    Raises PlatformError when the port is taken.
+    Raises PlatformError when the port is taken, ConfigError when other machines could ask it without a key.
     """
+    store = LocalStore(settings.store_dir)
+    require_keys(store, host)
     require_port(host, port, variable="RAGLINE_SERVING_PORT")
+    logs.configure(settings.places.log_format, settings.places.log_level)
+    telling = settings.telemetry
+    tracing = telemetry.exporting_provider(service="ragline", share=telling.share, slow_seconds=telling.slow_seconds)
     uvicorn.run(
-        create_app(settings), host=host, port=port, access_log=False, ws="none", timeout_keep_alive=75, timeout_graceful_shutdown=10
+        create_app(settings, store=store, tracing=tracing),
+        host=host,
+        port=port,
+        access_log=False,
+        log_config=None,
+        ws="none",
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=10,
     )

@@ -1,124 +1,49 @@
 """The embedding service: an OpenAI-shaped `/v1/embeddings` over the configured models, one process for all who need vectors.
 
-One thread computes. Waiting queries are encoded together and go before documents, and documents are cut into small pieces, so a bulk load
-delays a query by one piece at most. Beyond the OpenAI shape: `input_type` (which prompt), and the model's `fingerprint` in each reply.
+One thread computes (`batching`). Waiting queries are encoded together and go before documents, and documents are cut into small pieces, so
+a bulk load delays a query by one piece at most. Beyond the OpenAI shape: `input_type` (which prompt), the model's `fingerprint` in each
+reply, and `X-Ragline-Deadline-Ms`: work that nobody waits for any more when its turn comes is dropped.
 """
 
 import asyncio
-import base64
-import logging
+import sys
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
 import uvicorn
-from fastapi import APIRouter, FastAPI, Request
-from fastapi.exceptions import RequestValidationError
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from opentelemetry.sdk.trace import TracerProvider
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import ClientDisconnect
 
-from rag_serving.batching import Bench, Overloaded
-from rag_serving.errors import RaglineError
-from rag_serving.limits import BodyLimit
-from rag_serving.models import EmbeddingModel, load_model
-from rag_serving.ports import require_port
+from rag_serving import telemetry
+from rag_serving.deadline import Deadline
+from rag_serving.edge.draining import DrainingServer
+from rag_serving.edge.limits import BodyLimit
+from rag_serving.edge.ports import require_port
+from rag_serving.embedding.batching import Bench, Overloaded
+from rag_serving.embedding.embedder_metrics import EmbedderMetrics
+from rag_serving.embedding.embeddings_wire import DEADLINE_HEADER, EmbeddingsReply, EmbeddingsRequest, ModelCard, ModelList, reply_body
+from rag_serving.embedding.ranking_service import add_ranking
+from rag_serving.embedding.shelf import Shelf
+from rag_serving.embedding.traced import Traced
+from rag_serving.errors import DeadlineExceeded, RaglineError
+from rag_serving.models import EmbeddingModel
 from rag_serving.settings import Settings
+from rag_serving.signals import contract, logs
 
 Vectors = npt.NDArray[np.float32]
 
-MOST_TEXTS = 256  # of one request
 MOST_BYTES = 8 << 20  # of one request body
-RETRY_SECONDS = 15  # between attempts to load a preloaded model
-
-log = logging.getLogger(__name__)
-
-Text = Annotated[str, StringConstraints(min_length=1, pattern=r"\S")]
-
-
-class EmbeddingsRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    input: Text | Annotated[list[Text], Field(min_length=1, max_length=MOST_TEXTS)]
-    model: str
-    encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = Field(None, description="Must be the model's own: vectors are never cut here.")
-    input_type: Literal["query", "document"] = Field("document", description="Which prompt the model puts before the text.")
-    user: str | None = None
-
-
-class Embedding(BaseModel):
-    object: Literal["embedding"] = "embedding"
-    index: int
-    embedding: list[float] | str
-
-
-class Usage(BaseModel):
-    prompt_tokens: int
-    total_tokens: int
-
-
-class EmbeddingsReply(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[Embedding]
-    model: str
-    usage: Usage
-    fingerprint: str
-
-
-class ModelCard(BaseModel):
-    id: str
-    object: Literal["model"] = "model"
-    created: int = 0
-    owned_by: str = "ragline"
-    dims: int
-    max_tokens: int
-    loaded: bool
-    fingerprint: str | None
-
-
-class ModelList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[ModelCard]
-
-
-class Shelf:
-    """The configured models, each loaded once, off the event loop, on first use."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.specs = {spec.name: spec for spec in settings.models}
-        self._models_dir = settings.models_dir
-        self._locks = {name: asyncio.Lock() for name in self.specs}
-        self.loaded: dict[str, EmbeddingModel] = {}
-        self.failed: dict[str, str] = {}
-
-    async def get(self, name: str) -> EmbeddingModel:
-        """The model of that configured name. Raises ModelError."""
-        async with self._locks[name]:
-            if name not in self.loaded:
-                model = await asyncio.to_thread(load_model, self.specs[name], self._models_dir, progress=log.info)
-                log.info("%s loaded: fingerprint %s, %s", name, model.fingerprint[:12], model.dtype)
-                self.loaded[name] = model
-        return self.loaded[name]
-
-    async def preload(self, names: Sequence[str]) -> None:
-        """Load these, trying again while one fails; `failed` says why."""
-        waiting = list(names)
-        while waiting:
-            for name in list(waiting):
-                try:
-                    await self.get(name)
-                except Exception as error:
-                    log.exception("%s cannot be loaded; the next attempt is in %s s", name, RETRY_SECONDS)
-                    self.failed[name] = str(error)
-                else:
-                    waiting.remove(name)
-            if waiting:
-                await asyncio.sleep(RETRY_SECONDS)
-
+SWITCH_SECONDS = 0.0005  # how soon the computing thread gets the interpreter back; the default of 5 ms starves it under load
+_LONG = 20_000  # characters: counting their tokens would hold up the event loop
 
 _TOO_LONG = f"The body is longer than {MOST_BYTES} bytes. Send fewer texts at once."
 
@@ -126,7 +51,7 @@ _TOO_LONG = f"The body is longer than {MOST_BYTES} bytes. Send fewer texts at on
 class Refusal(Exception):
     """A request that cannot be served as asked."""
 
-    def __init__(self, status: int, message: str, *, code: str, param: str) -> None:
+    def __init__(self, status: int, message: str, *, code: str, param: str | None) -> None:
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
 
@@ -137,42 +62,59 @@ def _error(status: int, message: str, *, code: str, param: str | None = None) ->
     return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code}}, status_code=status, headers=headers)
 
 
-def _add_error_shape(app: FastAPI) -> None:
-    """Every failure in the shape OpenAI clients read: {"error": {message, type, param, code}}."""
-
-    @app.exception_handler(Refusal)
-    async def refused(_: Request, error: Refusal) -> JSONResponse:
+def _refused(error: Exception) -> JSONResponse:
+    """Any failure in the shape OpenAI clients read: {"error": {message, type, param, code}}."""
+    if isinstance(error, Refusal):
         return _error(error.status, str(error), code=error.code, param=error.param)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        param = str(first["loc"][1]) if len(first["loc"]) > 1 else None
-        return _error(400, f"{'.'.join(map(str, first['loc'][1:])) or 'body'}: {first['msg']}", code=first["type"], param=param)
-
-    @app.exception_handler(StarletteHTTPException)
-    async def http(_: Request, error: StarletteHTTPException) -> JSONResponse:
-        return _error(error.status_code, str(error.detail), code=f"http_{error.status_code}")
-
-    @app.exception_handler(Overloaded)
-    async def overloaded(_: Request, __: Overloaded) -> JSONResponse:
+    if isinstance(error, Overloaded):
         return _error(429, "Too much work is waiting. Try again shortly.", code="overloaded")
-
-    @app.exception_handler(RaglineError)
-    async def unavailable(_: Request, error: RaglineError) -> JSONResponse:
+    if isinstance(error, DeadlineExceeded):
+        return _error(504, str(error), code=error.code)
+    if isinstance(error, RaglineError):
         return _error(503, str(error), code=error.code)
+    if isinstance(error, StarletteHTTPException):
+        return _error(error.status_code, str(error.detail), code=f"http_{error.status_code}")
+    return _error(500, f"Unexpected {type(error).__name__}; the log of the service has the details.", code="internal")
 
-    @app.exception_handler(Exception)
-    async def unexpected(_: Request, error: Exception) -> JSONResponse:
-        return _error(500, f"Unexpected {type(error).__name__}; the log of the service has the details.", code="internal")
+
+def _add_error_shape(app: FastAPI) -> None:
+    for kind in (Refusal, Overloaded, RaglineError, StarletteHTTPException, Exception):
+
+        @app.exception_handler(kind)
+        async def refused(_: Request, error: Exception) -> JSONResponse:
+            return _refused(error)
 
 
 routes = APIRouter()
 
 
-@routes.post("/v1/embeddings")
-async def embeddings(body: EmbeddingsRequest, request: Request) -> EmbeddingsReply:
+@routes.post(
+    "/v1/embeddings",
+    responses={200: {"model": EmbeddingsReply}},
+    openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": EmbeddingsRequest.model_json_schema()}}}},
+)
+async def embeddings(request: Request) -> Response:
+    """Vectors of texts, in their order."""
+    started, metrics = time.perf_counter(), request.app.state.metrics
+    status = 500
+    try:
+        response = await _embedded(request)
+        status = response.status_code
+    except ClientDisconnect:
+        response = Response(status_code=499)  # nobody reads it
+        status = response.status_code
+    except Exception as error:
+        status = _refused(error).status_code
+        raise
+    finally:
+        metrics.answered(status, time.perf_counter() - started)
+    return response
+
+
+async def _embedded(request: Request) -> Response:
     shelf, bench = request.app.state.shelf, request.app.state.bench
+    deadline = _deadline(request)
+    body = _read(request.headers.get("content-type", ""), await request.body())
     spec = shelf.specs.get(body.model)
     if spec is None:
         raise Refusal(404, f"The model {body.model!r} is not configured.", code="model_not_found", param="model")
@@ -180,13 +122,41 @@ async def embeddings(body: EmbeddingsRequest, request: Request) -> EmbeddingsRep
         raise Refusal(400, f"{body.model} has {spec.dims} dimensions.", code="invalid_dimensions", param="dimensions")
     texts = [body.input] if isinstance(body.input, str) else body.input
     model = await shelf.get(body.model)
-    vectors, tokens = await bench.encode(model, texts, query=body.input_type == "query")
-    return EmbeddingsReply(
-        data=[Embedding(index=at, embedding=_written(row, body.encoding_format)) for at, row in enumerate(vectors)],
-        model=body.model,
-        usage=Usage(prompt_tokens=tokens, total_tokens=tokens),
-        fingerprint=model.fingerprint,
-    )
+    telemetry.note({contract.REQUEST_MODEL: body.model, contract.BATCH: len(texts)})
+    work = bench.submit(model, texts, query=body.input_type == "query", deadline=deadline)
+    try:
+        tokens = await _tokens(model, texts)  # while the thread computes
+        vectors = await work
+    finally:
+        work.cancel()
+    return Response(reply_body(body, vectors, tokens=tokens, fingerprint=model.fingerprint), media_type="application/json")
+
+
+def _deadline(request: Request) -> Deadline | None:
+    stated = request.headers.get(DEADLINE_HEADER)
+    if stated is None:
+        return None
+    if not (stated.isdecimal() and len(stated) < 10):
+        raise Refusal(400, f"{DEADLINE_HEADER} must be a number of milliseconds.", code="invalid_deadline", param=None)
+    return Deadline.after(int(stated) / 1000)
+
+
+def _read(content_type: str, body: bytes) -> EmbeddingsRequest:
+    if content_type.partition(";")[0].strip().lower() != "application/json":
+        raise Refusal(415, "Send the body with Content-Type: application/json.", code="unsupported_media_type", param=None)
+    try:
+        return EmbeddingsRequest.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        param = str(first["loc"][0]) if first["loc"] else None
+        where = ".".join(map(str, first["loc"])) or "body"
+        raise Refusal(400, f"{where}: {first['msg']}", code=first["type"], param=param) from None
+
+
+async def _tokens(model: EmbeddingModel, texts: Sequence[str]) -> int:
+    if sum(map(len, texts)) > _LONG:
+        return sum(await asyncio.to_thread(model.count_tokens, texts))
+    return sum(model.count_tokens(texts))
 
 
 @routes.get("/v1/models")
@@ -207,8 +177,10 @@ async def livez() -> dict[str, str]:
 
 @routes.get("/readyz")
 async def readyz(request: Request) -> JSONResponse:
-    """Ready when each preloaded model has just embedded a text."""
+    """Ready when each preloaded model has just embedded a text, and the service is not about to end."""
     shelf, bench = request.app.state.shelf, request.app.state.bench
+    if request.app.state.draining:
+        return JSONResponse({"status": "not ready", "models": dict.fromkeys(request.app.state.preload, "ending")}, status_code=503)
     state: dict[str, str] = {}
     for name in request.app.state.preload:
         if name in shelf.loaded:
@@ -220,38 +192,67 @@ async def readyz(request: Request) -> JSONResponse:
     return JSONResponse({"status": "ready" if ready else "not ready", "models": state}, status_code=200 if ready else 503)
 
 
+@routes.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Counts, durations and queue depths, for Prometheus."""
+    return Response(request.app.state.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    app.state.shelf, app.state.bench = Shelf(app.state.settings), Bench()
-    tasks = [asyncio.create_task(app.state.bench.run()), asyncio.create_task(app.state.shelf.preload(app.state.preload))]
+    settings: Settings = app.state.settings
+    app.state.metrics = EmbedderMetrics()
+    app.state.shelf = Shelf(settings)
+    app.state.bench = Bench(
+        batch_tokens=settings.embedder.batch_tokens,
+        max_wait=settings.embedder.max_wait_ms / 1000,
+        most_texts=settings.embedder.queue_texts,
+        computed=app.state.metrics.computed,
+    )
+    app.state.metrics.watch(app.state.bench)
+    app.state.bench.start()
+    loading = asyncio.create_task(app.state.shelf.preload(app.state.preload))
     yield
-    for task in tasks:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+    loading.cancel()
+    with suppress(asyncio.CancelledError):
+        await loading
+    await asyncio.to_thread(app.state.bench.close)
 
 
-def create_app(settings: Settings, *, preload: Sequence[str]) -> FastAPI:
-    """The service over `settings.models`. `preload` starts to load at once and decides readiness; others load on first use. ConfigError."""
+def create_app(settings: Settings, *, preload: Sequence[str], tracing: TracerProvider | None = None) -> FastAPI:
+    """The service over `settings.models`. `preload` starts to load at once and decides readiness; others load on first use. ConfigError.
+
+    `tracing` makes spans of its requests; without it there are none.
+    """
     for name in preload:
         settings.model(name)
     app = FastAPI(title="ragline embedder", version="1", lifespan=_lifespan)
-    app.state.settings, app.state.preload = settings, tuple(preload)
+    app.state.settings, app.state.preload, app.state.draining = settings, tuple(preload), False
     app.include_router(routes)
+    add_ranking(app, settings)
     app.add_middleware(BodyLimit, most_bytes=MOST_BYTES, too_long=_TOO_LONG, refusal=partial(_error, code="body_too_long"))
+    if tracing is not None:
+        app.add_middleware(Traced, tracer=telemetry.tracer(tracing))
     _add_error_shape(app)
     return app
 
 
-def _written(row: Vectors, encoding_format: str) -> list[float] | str:
-    return base64.b64encode(row.astype("<f4").tobytes()).decode() if encoding_format == "base64" else row.tolist()
-
-
 def serve(settings: Settings, *, models: Sequence[str], host: str, port: int) -> None:
-    """Run the service until SIGTERM or SIGINT; requests under way are finished first, for ten seconds at most.
+    """Run the service until SIGTERM or SIGINT. Then readiness fails, and after `embedder.drain_seconds` nothing new is taken.
 
-    Raises PlatformError when the port is taken.
+    Requests under way are finished first, for ten seconds at most. Raises PlatformError when the port is taken.
     """
     require_port(host, port, variable="RAGLINE_EMBEDDER_PORT")
-    app = create_app(settings, preload=models)
-    uvicorn.run(app, host=host, port=port, access_log=False, ws="none", timeout_keep_alive=75, timeout_graceful_shutdown=10)
+    logs.configure(settings.places.log_format, settings.places.log_level)
+    sys.setswitchinterval(SWITCH_SECONDS)
+    telling = settings.telemetry
+    tracing = telemetry.exporting_provider(service="ragline-embedder", share=telling.share, slow_seconds=telling.slow_seconds)
+    app = create_app(settings, preload=models, tracing=tracing)
+
+    def drain() -> None:
+        app.state.draining = True
+
+    config = uvicorn.Config(
+        app, host=host, port=port, access_log=False, log_config=None, ws="none", timeout_keep_alive=75, timeout_graceful_shutdown=10
+    )
+    DrainingServer(config, seconds=settings.embedder.drain_seconds, drain=drain).run()

@@ -15,6 +15,10 @@ RaglineError
 ├── EncoderError           the embedding service did not give usable vectors
 │   ├── EncoderUnavailable it is down, slow or overloaded
 │   └── ModelMismatch      its fingerprint is not the snapshot's
+├── LanguageModelError     the language model gave no usable answer; `reason` says in which way
+├── AccessError            a caller, a host or an origin that may not; an API key that cannot be made or found
+├── LimitExceeded          asked too often or too much, or more than there is room for; `retry_after` says when to come back
+├── RerankError            the reranker gave no usable scores
 ├── QueryError             a request cannot be answered as asked
 ├── DeadlineExceeded       the time for a request ended before its answer was ready
 ├── NotReady               no verified snapshot is open yet
@@ -104,12 +108,45 @@ class ModelMismatch(EncoderError):
     code = "model_mismatch"
 
 
+class LanguageModelError(RaglineError):
+    """`reason`: unavailable, overloaded, refused, timeout, malformed, cut, too_long, length, content_filter or withheld."""
+
+    code = "language_model"
+
+    def __init__(self, what: str, *, fix: str = "", reason: str) -> None:
+        super().__init__(what, fix=fix)
+        self.reason = reason
+
+
+class RerankError(RaglineError):
+    code = "rerank"
+
+
 class QueryError(RaglineError):
     code = "query"
 
     def __init__(self, what: str, *, fix: str = "", code: str = "query") -> None:
         super().__init__(what, fix=fix)
         self.code = code
+
+
+class AccessError(RaglineError):
+    code = "access"
+
+    def __init__(self, what: str, *, fix: str = "", code: str = "access") -> None:
+        super().__init__(what, fix=fix)
+        self.code = code
+
+
+class LimitExceeded(RaglineError):
+    """`retry_after` is in seconds. `code`: overloaded, or of one key: rate_limited, budget_exhausted."""
+
+    code = "overloaded"
+
+    def __init__(self, what: str, *, fix: str = "", code: str = "overloaded", retry_after: float = 1.0) -> None:
+        super().__init__(what, fix=fix)
+        self.code = code
+        self.retry_after = retry_after
 
 
 class DeadlineExceeded(RaglineError):

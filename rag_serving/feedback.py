@@ -37,6 +37,7 @@ class Feedback(BaseModel):
         default=[], max_length=50, description="Documents that were shown, best first."
     )
     comment: str = Field("", max_length=1000)
+    trace_id: str | None = Field(None, pattern=r"^[0-9a-f]{32}$", description="The trace id of the reply that is judged.")
 
 
 @dataclass(frozen=True, slots=True)

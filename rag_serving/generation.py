@@ -1,109 +1,105 @@
-"""Phase six of a request: an answer made of sentences of the passages, quoted word for word, each with its citation.
+"""Phase six of a request: the answer. A language model writes it if there is one and passages are quoted if not, or if it fails.
 
-The rule. A query word (stop words aside, endings cut off) weighs ln(1 + N / n) when n of the N sentences have it, so that a rare word
-counts for more. A sentence scores the share of the query's weight that it covers; words that only its passage's title or heading has count
-half. The score is divided by 1 + 0.15 (rank - 1) of its passage and by 1 + (characters past 160) / 400, and halved for a sentence that only
-points elsewhere ("For more information, see ..."). The best sentence is quoted, and up to two more that score at least 0.7 of it, in the
-order of the passages. When no sentence reaches 0.25, there is no answer.
+What the model writes is filtered (answer_filter.py) and checked against the passages (citations.py) sentence by sentence, and only then told.
+So whatever was told stays true when the model breaks off: its checked sentences are the answer, marked as degraded. Nothing is asked again
+after the first word.
 """
 
-import math
-import re
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
 
+from rag_serving import telemetry
 from rag_serving.context import Passage
-from rag_serving.wording import terms
+from rag_serving.deadline import Deadline
+from rag_serving.errors import LanguageModelError
+from rag_serving.exchange import Exchange
+from rag_serving.settings import Guards
+from rag_serving.signals import contract
+from rag_serving.writing.answer_filter import AnswerFilter, filter_answer
+from rag_serving.writing.citations import CitationCheck
+from rag_serving.writing.extraction import NOTHING_FOUND, Answer, extract
+from rag_serving.writing.llm import LanguageModel, Usage
+from rag_serving.writing.prompting import draw_nonce, prompt
 
-MOST_SENTENCES = 3
-SCORE_FLOOR = 0.25
-NEAR_BEST = 0.7
-RANK_DISCOUNT = 0.15
-CONTEXT_SHARE = 0.5
-POINTER_SHARE = 0.5
-COMFORTABLE = 160  # characters of a sentence that costs nothing
-LONGEST = 600  # characters of a quote
-NOTHING_FOUND = "The passages found do not answer this question."
-NO_PASSAGES = "Nothing was found for this question."
+RESERVE_SECONDS = 0.2  # of a request's time, kept for quoting and for the reply
+WITHHELD = "The answer is withheld: it holds what answers may not hold."
 
-_BREAK = re.compile(r"(?<=[.!?…])[\"')\]]*\s+(?=[^\sa-z])|(?<=[。！？])|\s*\n\s*\n\s*|\s*\n\s*(?=(?:[-*+•#>|]|\d+[.)])\s)")  # noqa: RUF001
-_LEAD = re.compile(r"^(?:[-*+•>|]|#{1,6}|\d+[.)])\s+")
-_POINTER = re.compile(r"(?:for (?:more )?(?:information|details|examples?)|see|refer to)\b", re.IGNORECASE)
-
-
-@dataclass(frozen=True, slots=True)
-class Quote:
-    """A stretch of a passage's text, word for word."""
-
-    passage: Passage
-    text: str
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What is answered: quotes with their markers, or one plain sentence when `abstained`."""
+class Writer:
+    """What answers: a language model or none, at most `seconds` for each answer, under the rules for answers."""
 
-    text: str
-    quotes: tuple[Quote, ...] = ()
-    abstained: bool = False
+    model: LanguageModel | None
+    seconds: float
+    rules: Guards
 
-    @property
-    def cited(self) -> tuple[Passage, ...]:
-        """The passages quoted, each once, by number."""
-        return tuple(sorted({quote.passage.number: quote.passage for quote in self.quotes}.values(), key=lambda passage: passage.number))
+    async def answer(self, query: str, passages: Sequence[Passage], exchange: Exchange) -> Answer:
+        """The answer to `query` out of the passages. The exchange hears its text as it becomes certain; the whole is what it heard.
+
+        Never fails because of the model: `exchange.degraded` has "llm" and `Answer.problem` says why when its answer is not, or not all, here.
+        """
+        if not passages or self.model is None:
+            return await self._quoted(query, passages, exchange)
+        try:
+            return await self._written(self.model, query, passages, exchange)
+        except LanguageModelError as error:
+            log.warning("passages are quoted instead: %s", error)
+            exchange.degrade("llm")
+            await exchange.dropped()
+            return replace(await self._quoted(query, passages, exchange), problem=error.reason)
+
+    async def aclose(self) -> None:
+        if self.model is not None:
+            await self.model.aclose()
+
+    async def _quoted(self, query: str, passages: Sequence[Passage], exchange: Exchange) -> Answer:
+        """Sentences of the passages; what stands in them is filtered too, since whoever shows an answer may make links of it."""
+        quoted = extract(query, passages)
+        with telemetry.guarding("output"):
+            shown = filter_answer(quoted.text, self.rules, hits=[passage.hit for passage in passages])
+            exchange.guarded(shown.events)
+        answer = Answer(WITHHELD, abstained=True) if shown.blocked else replace(quoted, text=shown.text)
+        await exchange.wrote(answer.text)
+        return answer
+
+    async def _written(self, model: LanguageModel, query: str, passages: Sequence[Passage], exchange: Exchange) -> Answer:
+        """LanguageModelError when nothing of what the model wrote may stand."""
+        nonce, usage, failure = draw_nonce(), Usage(), None
+        through, check = AnswerFilter(self.rules, hits=[passage.hit for passage in passages], canary=nonce), CitationCheck(query, passages)
+        deadline = Deadline.after(min(self.seconds, exchange.deadline.remaining - RESERVE_SECONDS))
+        try:
+            with telemetry.chatting(model.model) as call:
+                async with aclosing(model.write(prompt(query, passages, nonce=nonce), deadline=deadline, usage=usage)) as pieces:
+                    async for piece in pieces:
+                        call.began()
+                        await exchange.wrote(check.feed(through.feed(piece)))
+                        if through.blocked or through.full:
+                            break
+                telemetry.record({contract.INPUT_TOKENS: usage.prompt_tokens or 0, contract.OUTPUT_TOKENS: usage.completion_tokens or 0})
+        except LanguageModelError as error:
+            failure = error
+        with telemetry.guarding("output"):
+            rest = "" if through.blocked else check.feed(through.close()) + check.finish(whole=failure is None and not through.full)
+            exchange.guarded(through.events)
+        if through.blocked:
+            raise LanguageModelError(f"what {model.model!r} wrote is withheld: {_rules(through)}.", reason="withheld")
+        await exchange.wrote(rest)
+        answer = check.answer
+        if failure is not None and answer is None:
+            raise failure
+        if answer is None:
+            answer = Answer(NOTHING_FOUND, abstained=True, generated=True, flags=check.flags)
+            await exchange.wrote(answer.text)
+        if failure is not None:
+            log.warning("the answer is not whole: %s", failure)
+            exchange.degrade("llm")
+        read, written = usage.prompt_tokens or 0, usage.completion_tokens or 0
+        return replace(answer, problem=failure.reason if failure else None, tokens_read=read, tokens_written=written)
 
 
-@dataclass(frozen=True, slots=True)
-class _Sentence:
-    passage: Passage
-    text: str
-    words: frozenset[str]
-    score: float = 0.0
-
-
-def extract(query: str, passages: Sequence[Passage]) -> Answer:
-    """An answer by quotation, following the rule above. It abstains when the passages do not speak of what was asked."""
-    if not passages:
-        return Answer(NO_PASSAGES, abstained=True)
-    asked = frozenset(terms(query))
-    scored = [_Sentence(passage, text, frozenset(terms(text))) for passage in passages for text in sentences(passage.text)]
-    weights = _weights(asked, [each.words for each in scored])
-    contexts = {passage.number: frozenset(terms(f"{passage.hit.title} {passage.hit.heading_path}")) for passage in passages}
-    scored = [_score(each, contexts[each.passage.number], weights) for each in scored]
-    best = max((each.score for each in scored), default=0.0)
-    if best < SCORE_FLOOR:
-        return Answer(NOTHING_FOUND, abstained=True)
-    near = sorted((each for each in scored if each.score >= NEAR_BEST * best), key=lambda each: -each.score)
-    distinct = list({" ".join(each.text.casefold().split()): each for each in reversed(near)}.values())[::-1][:MOST_SENTENCES]
-    chosen = [each for each in scored if any(each is kept for kept in distinct)]
-    quotes = tuple(Quote(each.passage, each.text) for each in chosen)
-    return Answer(" ".join(f"{quote.text} [{quote.passage.number}]" for quote in quotes), quotes)
-
-
-def _weights(asked: frozenset[str], sentences_words: Sequence[frozenset[str]]) -> dict[str, float]:
-    """Each query word's share of the query's weight; the shares add up to 1."""
-    counts = Counter(word for words in sentences_words for word in words & asked)
-    raw = {word: math.log(1 + len(sentences_words) / max(counts[word], 1)) for word in asked}
-    total = sum(raw.values())
-    return {word: weight / total for word, weight in raw.items()} if total else {}
-
-
-def _score(sentence: _Sentence, context: frozenset[str], weights: dict[str, float]) -> _Sentence:
-    own = sum(weight for word, weight in weights.items() if word in sentence.words)
-    lent = sum(weight for word, weight in weights.items() if word in context - sentence.words)
-    share = own + CONTEXT_SHARE * lent if own else 0.0
-    rank = 1 + RANK_DISCOUNT * (sentence.passage.number - 1)
-    length = 1 + max(0, len(sentence.text) - COMFORTABLE) / 400
-    score = share / rank / length * (POINTER_SHARE if _POINTER.match(sentence.text) else 1.0)
-    return _Sentence(sentence.passage, sentence.text, sentence.words, score)
-
-
-def sentences(text: str) -> Iterator[str]:
-    """Sentences and list items of a passage, each a stretch of it without the list mark; longer ones are cut at a space."""
-    for piece in _BREAK.split(text):
-        sentence = _LEAD.sub("", piece.strip())
-        if len(sentence) > LONGEST:
-            sentence = sentence[:LONGEST].rpartition(" ")[0] or sentence[:LONGEST]
-        if any(character.isalpha() for character in sentence):
-            yield sentence
+def _rules(through: AnswerFilter) -> str:
+    return ", ".join(event.rule for event in through.events if event.action == "block")

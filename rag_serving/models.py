@@ -18,8 +18,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from rag_serving import hashing, weights
+from rag_serving.embedding import hashing, weights
+from rag_serving.embedding.onnx import OnnxEncoder, graph_of
+from rag_serving.embedding.packing import packed_encoder
+from rag_serving.embedding.tokens import TokenEncoding, hashing_tokens, transformer_tokens
 from rag_serving.errors import ModelError
+from rag_serving.ranking.maxsim import unit_rows
 from rag_serving.settings import ModelSpec
 
 if TYPE_CHECKING:
@@ -27,7 +31,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 Vectors = npt.NDArray[np.float32]
-Dtype = Literal["float32", "bfloat16"]
+Dtype = Literal["float32", "bfloat16", "int8"]
 
 PARITY_FLOOR = 0.999
 _BF16_FLAGS = frozenset({"amx_bf16", "avx512_bf16"})  # measured: three times the throughput with the first, twice with the second
@@ -56,14 +60,37 @@ class EmbeddingModel:
     tokenizer: "Tokenizer"
     batch_size: int
     raw: Callable[[Sequence[str]], Vectors] = field(repr=False)
+    packed: Callable[[Sequence[str]], Vectors] | None = field(default=None, repr=False)
+    """A quicker way to the same vectors for short texts, where the architecture has one."""
+    tokens: TokenEncoding | None = field(default=None, repr=False)
+    """The vectors of each text's tokens, where the architecture has them; for late interaction."""
 
     def encode_queries(self, texts: Sequence[str]) -> Vectors:
         """Vectors of queries, with the query prompt. ModelError when a text gives no usable vector."""
-        return self._encode([self.spec.query_prompt + text for text in texts], progress=None)
+        prompted = [self.spec.query_prompt + text for text in texts]
+        if self.packed is None or not texts:
+            return self._encode(prompted, progress=None)
+        return self._checked(self.packed(prompted), prompted)
 
     def encode_documents(self, texts: Sequence[str], *, progress: Callable[[int], None] | None = None) -> Vectors:
         """Vectors of passages, with the document prompt; `progress` hears how many more texts are done after each batch."""
         return self._encode([self.spec.document_prompt + text for text in texts], progress=progress)
+
+    def encode_tokens(self, texts: Sequence[str], *, query: bool) -> list[Vectors]:
+        """The vectors of each text's tokens, float32 (tokens, dims) of unit norm, with the query or the document prompt.
+
+        Safe beside the other methods in another thread. ModelError when the model has none.
+        """
+        if self.tokens is None:
+            raise ModelError(f"{self.spec.name} has no token vectors.", fix='Set rerank.method = "none", or take another model.')
+        prompt = self.spec.query_prompt if query else self.spec.document_prompt
+        found = [unit_rows(rows) for rows in self.tokens([prompt + text for text in texts])]
+        bad = next((at for at, rows in enumerate(found) if not np.isfinite(rows).all()), None)
+        if bad is not None:
+            raise ModelError(
+                f"{self.spec.name} gives no usable token vectors for text {bad}: {texts[bad][:60]!r}.", fix="Check its weights."
+            )
+        return found
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text as given: no prompt, no special tokens, nothing cut off."""
@@ -77,6 +104,9 @@ class EmbeddingModel:
             rows[batch] = self.raw([texts[at] for at in batch])
             if progress is not None:
                 progress(len(batch))
+        return self._checked(rows, texts)
+
+    def _checked(self, rows: Vectors, texts: Sequence[str]) -> Vectors:
         norms = np.linalg.norm(rows, axis=1, keepdims=True)
         unusable = np.flatnonzero(~np.isfinite(norms[:, 0]) | (norms[:, 0] < 1e-12))
         if unusable.size:
@@ -97,10 +127,11 @@ def load_model(spec: ModelSpec, models_dir: Path, *, progress: Callable[[str], N
     if spec.source.startswith("hashing:"):
         return _load_hashing(spec)
     folder = weights.pull(spec.source, models_dir, progress=progress)
+    graph = graph_of(folder)
     try:
-        return _load_folder(spec, folder)
+        return _load_onnx(spec, folder, graph) if graph else _load_folder(spec, folder)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
-        fix = "Install ragline[embedder]; remove the folder if it is damaged."
+        fix = f"Install ragline[{'onnx' if graph else 'embedder'}]; remove the folder if it is damaged."
         raise ModelError(f"{spec.name} cannot be loaded from {folder}: {error}.", fix=fix) from error
 
 
@@ -116,7 +147,32 @@ def _load_hashing(spec: ModelSpec) -> EmbeddingModel:
         return hashing.embed(texts, dims=spec.dims, max_tokens=spec.max_tokens)
 
     fingerprint = _fingerprint(spec, "float32", {"parameters": hashing.PARAMETERS})
-    return EmbeddingModel(spec=spec, fingerprint=fingerprint, dims=spec.dims, dtype="float32", tokenizer=tokenizer, batch_size=256, raw=raw)
+    return EmbeddingModel(
+        spec=spec,
+        fingerprint=fingerprint,
+        dims=spec.dims,
+        dtype="float32",
+        tokenizer=tokenizer,
+        batch_size=256,
+        raw=raw,
+        tokens=hashing_tokens(dims=spec.dims, max_tokens=spec.max_tokens),
+    )
+
+
+def _load_onnx(spec: ModelSpec, folder: Path, graph: Path) -> EmbeddingModel:
+    encoder = OnnxEncoder(folder, graph, max_tokens=spec.max_tokens, threads=thread_count())
+    _check_dims(spec, encoder.dims)
+    if spec.dtype not in {"auto", encoder.dtype}:
+        raise ModelError(f"{spec.name} was exported as {encoder.dtype}, ragline.toml says {spec.dtype}.", fix='Set dtype = "auto".')
+    return EmbeddingModel(
+        spec=spec,
+        fingerprint=_fingerprint(spec, encoder.dtype, encoder.parts),
+        dims=encoder.dims,
+        dtype=encoder.dtype,
+        tokenizer=encoder.tokenizer,
+        batch_size=8,  # its padded batches are quickest short
+        raw=encoder,
+    )
 
 
 def _load_folder(spec: ModelSpec, folder: Path) -> EmbeddingModel:
@@ -142,9 +198,22 @@ def _load_folder(spec: ModelSpec, folder: Path) -> EmbeddingModel:
         return np.asarray(vectors, dtype=np.float32)
 
     dtype = _settle_dtype(spec, model, raw, static=static)
+    packed = packed_encoder(model)
+    if packed is not None and float((_unit(packed(PARITY_TEXTS)) * _unit(raw(PARITY_TEXTS))).sum(axis=1).min()) < PARITY_FLOOR:
+        raise ModelError(f"{spec.name} gives other vectors without padding.", fix="Report the architecture: it is not the BERT it says.")
     fingerprint = _fingerprint(spec, dtype, _loaded_parts(model, tokenizer, folder))
     size = 1024 if static else 32
-    return EmbeddingModel(spec=spec, fingerprint=fingerprint, dims=spec.dims, dtype=dtype, tokenizer=tokenizer, batch_size=size, raw=raw)
+    return EmbeddingModel(
+        spec=spec,
+        fingerprint=fingerprint,
+        dims=spec.dims,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        batch_size=size,
+        raw=raw,
+        packed=packed,
+        tokens=transformer_tokens(model, tokenizer),
+    )
 
 
 def _own_tokenizer(first: Any) -> "Tokenizer":

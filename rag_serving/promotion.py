@@ -96,11 +96,16 @@ def start_canary(store: Store, snapshot_id: str, *, gate: Gate, actor: str, reas
     )
 
 
-def abort(store: Store, *, actor: str, reason: str, evidence: Mapping[str, Any] | None = None) -> Entry:
-    """End the canary; the champion stays live, so nothing is restored. `evidence` holds the numbers that spoke against it."""
+def abort(store: Store, *, actor: str, reason: str, evidence: Mapping[str, Any] | None = None, canary: int | None = None) -> Entry:
+    """End the canary; the champion stays live, so nothing is restored. `evidence` holds the numbers that spoke against it.
+
+    With `canary`, only the one of that ledger entry: what was decided about one must not end another (ReleaseConflict).
+    """
     state = Ledger(store).state()
     if state.canary is None:
         raise ReleaseError("there is no canary to abort.", fix="Look at `ragline status`.")
+    if canary is not None and state.canary.number != canary:
+        raise ReleaseConflict(f"the canary of entry {canary} has ended.", fix="Look at `ragline releases`.")
     named = {"canary": state.canary.snapshot_id, **(evidence or {})}
     return _mark(store, Action.ABORT, after=state.number, actor=actor, reason=reason, evidence=named)
 

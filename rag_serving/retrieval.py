@@ -1,33 +1,42 @@
 """Search in one opened snapshot: four signals (text and title, each dense and BM25), fused. Evaluation and serving call this same code."""
 
 import asyncio
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rag_serving.errors import ModelMismatch, QueryError
-from rag_serving.fusion import DENSE, LEXICAL, align, effective_weights, fuse_ranks, fuse_scores
-from rag_serving.settings import Retrieval, Wording
+from rag_serving import telemetry
+from rag_serving.errors import ModelMismatch, QueryError, SnapshotError
+from rag_serving.filters import Filter, condition, filterable
+from rag_serving.fusion import DENSE, LEXICAL, Ranked, Values, align, effective_weights, fuse_ranks, fuse_scores
+from rag_serving.passages import Passages
+from rag_serving.settings import Retrieval
+from rag_serving.signals import contract
 from rag_serving.snapshots import TABLE, Manifest, snapshot_key, verify
 from rag_serving.store import Store
-from rag_serving.wording import Candidate, word_evidence
+from rag_serving.wording import word_evidence
 
-QUERY_CODE = "query-1"  # counts up when the same snapshot would be searched or ranked differently; evaluations are bound to it
+QUERY_CODE = "query-2"  # counts up when the same snapshot would be searched or ranked differently; evaluations are bound to it
 
 VECTOR_COLUMNS = {"dense_text": "vector", "dense_title": "title_vector"}
 TEXT_COLUMNS = {"bm25_text": "content", "bm25_title": "title"}
-_SHOWN = ("chunk_id", "doc_id", "uri", "title", "heading_path", "text", "start", "end")
+_LANCE_ERRORS = (RuntimeError, ValueError, OSError)
 
 Vector = NDArray[np.float32]
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A retrieved chunk. `signals` holds each signal's raw score: a cosine, a BM25 score, and what shared wording added."""
+    """A retrieved chunk. `signals` holds each signal's raw score: a cosine, a BM25 score, and what shared wording added.
+
+    `row` is its place in the snapshot that it was found in.
+    """
 
     chunk_id: str
     doc_id: str
@@ -39,6 +48,7 @@ class Hit:
     end: int
     score: float
     signals: Mapping[str, float]
+    row: int = field(default=-1, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +58,7 @@ class Neighbour:
 
 
 class Retriever:
-    """An opened, verified snapshot. Safe for concurrent use within one event loop; nothing in it changes after `open`."""
+    """An opened, verified snapshot. Safe for concurrent use within one event loop; after `open` only its cache of passages changes."""
 
     def __init__(self, manifest: Manifest, table: Any) -> None:
         self.manifest = manifest
@@ -56,6 +66,8 @@ class Retriever:
         self._table = table
         self._fusion = manifest.fusion()
         self._indexed = bool(manifest.index.get("vector_index"))
+        self._columns = filterable(manifest.index.get("filters", {}))
+        self._passages = Passages(table)
 
     @classmethod
     async def open(cls, store: Store, snapshot_id: str) -> "Retriever":
@@ -74,11 +86,23 @@ class Retriever:
     def close(self) -> None:
         self._table.close()
 
-    async def retrieve(self, query: str, vector: Vector | None, *, k: int, fusion: Retrieval | None = None) -> list[Hit]:
+    async def retrieve(
+        self,
+        query: str,
+        vector: Vector | None,
+        *,
+        k: int,
+        fusion: Retrieval | None = None,
+        where: Filter | None = None,
+        groups: frozenset[str] | None = frozenset(),
+        degrade: Callable[[str], None] | None = None,
+    ) -> list[Hit]:
         """The `k` best chunks, best first; ties go to the row written first.
 
         `vector` is the query's embedding, float32 (dims,), of unit norm; None searches by words alone, on text if no lexical signal has a weight.
-        `fusion` overrides that of the manifest, to measure one signal alone.
+        `fusion` overrides that of the manifest, to measure one signal alone. Only chunks that `where` holds for and that one of `groups` may
+        read, or anyone, take part in any search; groups None reads all. When full text or the vectors cannot be searched, the other kind of
+        signal answers and `degrade` is told `text_index` or `vector_index`; without `degrade`, or with nothing left, that is a SnapshotError.
         """
         if k < 1:
             raise QueryError(f"k is {k}.", fix="Ask for at least one hit.")
@@ -91,38 +115,58 @@ class Retriever:
             self._check(vector)
         if not weights:
             raise QueryError("no retrieval signal is active.", fix="Give at least one of retrieval.weights a value above 0.")
+        allowed = condition(where, self._columns, readable_by=groups if self.manifest.restricted else None)
         depth = max(fusion.candidates, k)
-        found = await asyncio.gather(*(self._search(name, query, vector, depth) for name in weights))
-        lists = dict(zip(weights, found, strict=True))
-        rows, signals = align(lists, depth=depth)
-        if not len(rows):
-            return []
+        found = await asyncio.gather(
+            *(self._search(name, query, vector, depth=depth, allowed=allowed) for name in weights), return_exceptions=True
+        )
+        lists = self._without_failed(dict(zip(weights, found, strict=True)), degrade)
         by_rank = fusion.fusion == "rank"
-        fused = fuse_ranks(rows, lists, weights) if by_rank else fuse_scores(signals, weights)
-        order = np.lexsort((rows, -fused))
-        fused, rows, signals = fused[order], rows[order], {name: values[order] for name, values in signals.items()}
-        hits = await self._hits(rows[: max(k, fusion.wording.pool)], fused, signals)
-        return hits[:k] if by_rank else self._reworded(query, hits, fusion.wording)[:k]
+        with telemetry.span(contract.FUSE):
+            rows, signals = align(lists, depth=depth)
+            fused = fuse_ranks(rows, lists, weights) if by_rank else fuse_scores(signals, weights)
+            telemetry.record({contract.CANDIDATES: len(rows)})
+        return await self._hits(rows, fused, signals, k=k, query=query, fusion=None if by_rank else fusion)
 
-    def _reworded(self, query: str, hits: list[Hit], wording: Wording) -> list[Hit]:
-        """The best `pool` hits in the order of score plus word evidence; they stay above the rest."""
-        pool, rest = hits[: wording.pool], hits[wording.pool :]
-        candidates = [Candidate(hit.title, embedded_text(hit.title, hit.text)) for hit in pool]
-        bonus = word_evidence(query, candidates, weights=wording, distinctness=self.manifest.title_distinctness)
-        scored = [
-            replace(hit, score=hit.score + extra, signals={**hit.signals, "wording": round(extra, 6)})
-            for hit, extra in zip(pool, bonus, strict=True)
-        ]
-        return sorted(scored, key=lambda hit: -hit.score) + rest
+    def _without_failed(self, found: Mapping[str, Ranked | BaseException], degrade: Callable[[str], None] | None) -> dict[str, Ranked]:
+        """The lists of the signals that could be searched. A kind of signal of which one failed is left out as a whole."""
+        errors = {name: each for name, each in found.items() if isinstance(each, BaseException)}
+        for error in errors.values():
+            if not isinstance(error, _LANCE_ERRORS):
+                raise error
+        lost = {part: names for part, names in (("text_index", LEXICAL), ("vector_index", DENSE)) if errors.keys() & set(names)}
+        out = {name for names in lost.values() for name in names}
+        lists = {name: each for name, each in found.items() if isinstance(each, Ranked) and name not in out}
+        if errors and (degrade is None or not lists):
+            raise self._unusable("cannot be searched") from next(iter(errors.values()))
+        for part in lost:
+            log.warning("searching %s without its %s: %s", self.snapshot_id, part, next(iter(errors.values())))
+            if degrade:
+                degrade(part)
+        return lists
 
-    async def neighbours(self, vector: Vector, *, k: int, exact: bool) -> list[Neighbour]:
-        """The `k` nearest text vectors, by exact search or as serving searches: the two sides of ANN recall."""
-        query = self._nearest("vector", vector, k)
+    async def neighbours(self, vector: Vector, *, k: int, exact: bool, groups: frozenset[str] | None = None) -> list[Neighbour]:
+        """The `k` nearest text vectors that `groups` may read, by exact search or as serving searches: the two sides of ANN recall."""
+        allowed = condition(None, self._columns, readable_by=groups)
+        query = self._query("dense_text", "", vector, depth=k, allowed=allowed)
         found = await (query.bypass_vector_index() if exact else query).to_arrow()
         return [
             Neighbour(row, 1.0 - distance)
             for row, distance in zip(found["_rowid"].to_pylist(), found["_distance"].to_pylist(), strict=True)
         ]
+
+    async def vectors(self, hits: Sequence[Hit]) -> Vector:
+        """The text vectors of hits of this snapshot, float32 (hits, dims), in order."""
+        try:
+            table = await self._table.take_row_ids([hit.row for hit in hits]).select(["vector"]).with_row_id().to_arrow()
+        except _LANCE_ERRORS as error:
+            raise self._unusable("has vectors that cannot be read") from error
+        place = {row: at for at, row in enumerate(table["_rowid"].to_pylist())}
+        stored: Vector = table["vector"].combine_chunks().flatten().to_numpy().reshape(-1, self.manifest.dims)
+        return stored[[place[hit.row] for hit in hits]]
+
+    def _unusable(self, how: str) -> SnapshotError:
+        return SnapshotError(f"{self.snapshot_id} {how}.", fix="Restore the snapshot or build it again.")
 
     def _check(self, vector: Vector) -> None:
         if vector.shape != (self.manifest.dims,):
@@ -140,28 +184,55 @@ class Retriever:
             query = query.ef(max(int(self.manifest.index["ef"]), depth * refine)).refine_factor(refine)
         return query.select(["_distance"]).with_row_id()
 
-    async def _search(self, signal: str, query: str, vector: Vector | None, depth: int) -> dict[int, float]:
+    def _query(self, signal: str, query: str, vector: Vector | None, *, depth: int, allowed: str | None) -> Any:
+        """The LanceDB query of one signal. `allowed` is applied before the search, so it never takes from what was found."""
         from lancedb.query import MatchQuery
 
         if signal in DENSE:
-            hits = await self._nearest(VECTOR_COLUMNS[signal], np.asarray(vector), depth).to_arrow()
-            return dict(zip(hits["_rowid"].to_pylist(), (1.0 - np.asarray(hits["_distance"])).tolist(), strict=True))
-        match = MatchQuery(query, TEXT_COLUMNS[signal])  # type: ignore[call-arg]  # its defaults are invisible to mypy
-        hits = await self._table.query().nearest_to_text(match).limit(depth).select(["_score"]).with_row_id().to_arrow()
-        return dict(zip(hits["_rowid"].to_pylist(), hits["_score"].to_pylist(), strict=True))
+            search = self._nearest(VECTOR_COLUMNS[signal], np.asarray(vector), depth)
+        else:
+            match = MatchQuery(query, TEXT_COLUMNS[signal])  # type: ignore[call-arg]  # its defaults are invisible to mypy
+            search = self._table.query().nearest_to_text(match).limit(depth).select(["_score"]).with_row_id()
+        return search.where(allowed) if allowed else search
 
-    async def _hits(self, rows: NDArray[np.int64], scores: NDArray[np.float64], signals: Mapping[str, NDArray[np.float64]]) -> list[Hit]:
-        table = await self._table.take_row_ids(rows.tolist()).select(list(_SHOWN)).with_row_id().to_arrow()
-        shown = {record.pop("_rowid"): record for record in table.to_pylist()}
-        return [
-            Hit(**shown[row], score=float(scores[i]), signals={name: round(float(values[i]), 6) for name, values in signals.items()})
-            for i, row in enumerate(rows.tolist())
-        ]
+    async def _search(self, signal: str, query: str, vector: Vector | None, *, depth: int, allowed: str | None) -> Ranked:
+        with telemetry.span(contract.RETRIEVE_VECTOR if signal in DENSE else contract.RETRIEVE_FTS):
+            found = await self._query(signal, query, vector, depth=depth, allowed=allowed).to_arrow()
+            telemetry.searched(signal, candidates=len(found))
+        scores = 1.0 - found["_distance"].to_numpy() if signal in DENSE else found["_score"].to_numpy()
+        return Ranked(found["_rowid"].to_numpy().astype(np.int64), scores.astype(np.float64))
 
-
-def embedded_text(title: str, text: str) -> str:
-    """The text that stands for a chunk in the vector index, in the full-text index and in word evidence alike."""
-    return f"{title}\n{text}" if title and not text.startswith(title) else text
+    async def _hits(
+        self,
+        rows: NDArray[np.int64],
+        fused: Values,
+        signals: Mapping[str, Values],
+        *,
+        k: int,
+        query: str = "",
+        fusion: Retrieval | None = None,
+    ) -> list[Hit]:
+        """The first `k` rows by fused score. With `fusion` its best `pool` rows are ordered anew by score plus word evidence, above the rest."""
+        wording = fusion.wording if fusion else None
+        order = np.lexsort((rows, -fused))[: max(k, wording.pool if wording else 0)]
+        try:
+            passages = await self._passages.read(rows[order].tolist())
+        except _LANCE_ERRORS as error:
+            raise self._unusable("has passages that cannot be read") from error
+        scores = fused[order]
+        bonus = np.empty(0)
+        if wording:
+            pool = [passage.words for passage in passages[: wording.pool]]
+            bonus = np.array(word_evidence(query, pool, weights=wording, distinctness=self.manifest.title_distinctness))
+            scores[: len(bonus)] += bonus
+        ranking = [*np.argsort(-scores[: len(bonus)], kind="stable").tolist(), *range(len(bonus), len(order))]
+        hits = []
+        for place in ranking[:k]:
+            raw = {name: round(float(values[order[place]]), 6) for name, values in signals.items()}
+            if place < len(bonus):
+                raw["wording"] = round(float(bonus[place]), 6)
+            hits.append(Hit(**passages[place].shown, score=float(scores[place]), signals=raw, row=int(rows[order[place]])))
+        return hits
 
 
 async def open_table(folder: Path) -> Any:

@@ -8,9 +8,9 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from rag_serving.errors import ConfigError
 
@@ -73,6 +73,10 @@ class Chunking(_Frozen):
         return self
 
 
+FilterKind = Literal["text", "number", "flag"]
+_FilterKey = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,62}$")]
+
+
 class Index(_Frozen):
     hnsw_from_rows: int = Field(2000, ge=0, description="Below this many rows vectors are searched exactly, without an index.")
     m: int = Field(20, ge=4, le=128)
@@ -80,6 +84,15 @@ class Index(_Frozen):
     ef: int = Field(256, ge=16, le=4000)
     rebuild_share: float = Field(0.2, ge=0, le=1, description="Changed rows since the last full build, as a share, from which one is due.")
     rebuild_after: int = Field(8, ge=0, le=100, description="Incremental builds that may follow a full one.")
+    filters: Mapping[_FilterKey, FilterKind] = Field({}, description="Metadata that requests may filter by: key = text, number or flag.")
+
+    @field_validator("filters")
+    @classmethod
+    def _distinct(cls, filters: Mapping[str, FilterKind]) -> Mapping[str, FilterKind]:
+        reserved = {"and", "or", "not", "doc_id", "uri"} & {key.lower() for key in filters}
+        if reserved or len({key.lower() for key in filters}) < len(filters):
+            raise ValueError(f"{sorted(reserved)} are taken" if reserved else "two keys differ only in case")
+        return filters
 
 
 class Weights(_Frozen):
@@ -115,6 +128,45 @@ class Retrieval(_Frozen):
     def _some_signal(self) -> "Retrieval":
         if not any(self.weights.model_dump().values()):
             raise ValueError("at least one weight must be above 0")
+        return self
+
+
+class RerankWeights(_Frozen):
+    """The score after reranking is the weighted sum of the fused score, of the reranker's own, and of single signals that count more or less.
+
+    Cosines count as they are and BM25 scores divided by 20, as in fusion; title signals also weigh by title distinctness. `ragline fit` finds
+    weights on the tune half of an eval set.
+    """
+
+    fused: float = Field(1.0, ge=0)
+    relevance: float = Field(1.0, ge=0)
+    dense_text: float = 0.0
+    dense_title: float = 0.0
+    bm25_text: float = 0.0
+    bm25_title: float = 0.0
+    wording: float = 0.0
+
+
+class Rerank(_Frozen):
+    """What orders the best `pool` passages anew; copied into the manifest of each snapshot but for the budget."""
+
+    method: Literal["none", "maxsim", "cross_encoder", "endpoint"] = Field(
+        "none", description="maxsim: token vectors stored in the snapshot; cross_encoder: a model; endpoint: RAGLINE_RERANK_URL."
+    )
+    model: str = Field("", description="cross_encoder: path:DIR or hub:owner/name@revision; endpoint: the model to name there.")
+    pool: int = Field(50, ge=2, le=200, description="Passages that are ordered anew; they stay above the rest.")
+    budget_ms: float = Field(150.0, gt=0, le=10_000, description="Over it, and on any error, the fused order stands.")
+    diversity: float = Field(0.0, ge=0, lt=1, description="MMR: 0 chooses by score alone, near 1 by difference from what is chosen.")
+    weights: RerankWeights = RerankWeights()
+
+    @property
+    def active(self) -> bool:
+        return self.method != "none" or self.diversity > 0
+
+    @model_validator(mode="after")
+    def _with_a_model(self) -> "Rerank":
+        if self.method == "cross_encoder" and not self.model.startswith(("path:", "hub:")):
+            raise ValueError(f"method cross_encoder needs a model, path:DIR or hub:owner/name@revision, not {self.model!r}")
         return self
 
 
@@ -159,6 +211,108 @@ class Serving(_Frozen):
     encode_timeout_seconds: float = Field(1.0, gt=0, description="At most this much of it may pass before words alone are searched.")
 
 
+class Canary(_Frozen):
+    """What traffic a canary gets, what is logged of every request, and when the log speaks against a canary."""
+
+    mode: Literal["shadow", "split", "staged", "off"] = Field(
+        "shadow", description="shadow: it answers too, unseen; split: it answers a share of the callers; staged: one, then the other."
+    )
+    share: float = Field(0.05, ge=0, le=1, description="Of callers or conversations, that the canary answers in split mode.")
+    shadow_share: float = Field(1.0, ge=0, le=1, description="Of requests, that the canary answers too in shadow mode.")
+    shadow_concurrency: int = Field(1, ge=1, le=64, description="Shadow answers at a time; more are dropped.")
+    shadow_deadline_seconds: float = Field(10.0, gt=0)
+    log_text: bool = Field(False, description="Keep the words of queries in the observation log, and document ids as they are.")
+    log_rows: int = Field(500, ge=1, le=100_000, description="Rows after which the log is written.")
+    log_seconds: float = Field(2.0, gt=0, le=60, description="Longest time a row waits to be written.")
+    keep_days: float = Field(30.0, ge=1, description="How long the observation log is kept.")
+    min_requests: int = Field(300, ge=20, description="Compared requests from which real traffic alone is enough for a verdict.")
+    margin: float = Field(0.02, gt=0, lt=1, description="Largest loss in a share of requests (answered, cited, grounded, ...) that passes.")
+    slow_ms: float = Field(3000.0, gt=0, description="A request that takes longer counts as slow.")
+    automatic_abort: bool = Field(True, description="End a canary by itself once harm is shown; else it is only told.")
+
+
+class Access(_Frozen):
+    """What an API key may use, and which names the service answers to. Without keys it serves this machine alone, unmetered."""
+
+    requests_per_minute: int = Field(600, ge=0, description="Of each key; 0: unlimited.")
+    tokens_per_day: int = Field(5_000_000, ge=0, description="Of each key: tokens of its questions and of their answers; 0: unlimited.")
+    poll_seconds: float = Field(1.0, gt=0, le=5, description="How soon a new or revoked key counts.")
+    allowed_hosts: tuple[str, ...] = Field((), description="Names it is reached under, beside localhost, its own host and plain addresses.")
+
+
+class Admission(_Frozen):
+    """How much is worked on at once. Waiting is bounded by number, and by time: half of what a request has left."""
+
+    concurrency: int = Field(16, ge=1, le=1000, description="Most requests worked on at once; fewer while the event loop runs late.")
+    queue: int = Field(64, ge=0, le=10_000, description="Requests that may wait for that.")
+
+
+class EncoderClient(_Frozen):
+    """How the embedding service is asked for a query's vector, and when it is left alone."""
+
+    cache_entries: int = Field(2048, ge=0, description="Vectors of queries that are kept; 0: none.")
+    retry_share: float = Field(0.1, ge=0, le=0.1, description="Second tries, as a share of requests.")
+    hedge_share: float = Field(0.0, ge=0, le=0.05, description="Requests sent twice because the first takes unusually long; 0: none.")
+    breaker_failures: int = Field(5, ge=1, le=100, description="Failures within the window after which it is not asked any more.")
+    breaker_window_seconds: float = Field(10.0, gt=0)
+    breaker_open_seconds: float = Field(5.0, gt=0, le=8, description="Then one request tries whether it works again.")
+
+
+class Embedder(_Frozen):
+    """How the embedding service works."""
+
+    batch_tokens: int = Field(256, ge=16, le=16_384, description="Tokens that are computed together; a longer text is alone.")
+    max_wait_ms: float = Field(2.0, ge=0, le=50, description="How long a query may wait for others to be computed with.")
+    queue_texts: int = Field(
+        1024, ge=1, le=100_000, description="Queries that may wait, and four times as many documents; more are refused."
+    )
+    drain_seconds: float = Field(0.5, ge=0, le=60, description="After SIGTERM: how long it is not ready but still takes requests.")
+
+
+GuardAction = Literal["allow", "flag", "strip", "block"]
+
+
+class Guards(_Frozen):
+    """What happens where a guard's rule applies. allow: nothing is looked for; flag: noted; strip: taken out; block: refused or left out."""
+
+    query_characters: GuardAction = Field("strip", description="Invisible and bidirectional characters in a question.")
+    query_injection: Literal["allow", "flag", "block"] = Field("flag", description="A question that gives orders to a model.")
+    query_threshold: float = Field(0.5, gt=0, le=1, description="Score from which a question is one.")
+    passage_characters: GuardAction = Field("strip", description="Invisible and bidirectional characters in a passage.")
+    passage_injection: GuardAction = Field("strip", description="Sentences of a passage that give orders to a model; block: the passage.")
+    passage_threshold: float = Field(0.9, gt=0, le=1, description="Score from which a sentence is one.")
+    source_share: float = Field(0.4, gt=0, le=1, description="Largest share of the passages that one document may have.")
+    answer_images: GuardAction = Field("strip", description="Images in an answer, wherever they are.")
+    answer_links: GuardAction = Field("strip", description="Addresses in an answer that its passages do not vouch for.")
+    answer_markup: GuardAction = Field("strip", description="HTML in an answer: a space makes it text.")
+    answer_characters: GuardAction = Field("strip", description="Control, ANSI, invisible and bidirectional characters in an answer.")
+    answer_hosts: tuple[str, ...] = Field((), description="Hosts that answers may link to in any case, as host or host:port.")
+    answer_length: int = Field(8000, ge=100, le=1_000_000, description="Most characters of an answer.")
+
+
+class Telemetry(_Frozen):
+    """Which traces are sent to the OTLP endpoint; metrics always count everything."""
+
+    share: float = Field(0.1, ge=0, le=1, description="Of traces, that are kept however they end.")
+    slow_seconds: float = Field(1.0, gt=0, description="Requests that take longer are kept, as failed, degraded and blocked ones are.")
+
+
+class Generation(_Frozen):
+    context_tokens: int = Field(3000, ge=100, le=200_000, description="Most tokens of passages that an answer may rest on, estimated.")
+    answer_tokens: int = Field(300, ge=16, le=8192, description="Most tokens that a language model may write.")
+    llm_timeout_seconds: float = Field(
+        2.4, gt=0, le=600, description="At most this much of a request's time goes to the language model; then passages are quoted."
+    )
+    abstain: Literal["tuned", "never"] = Field(
+        "tuned", description="tuned: below the threshold that `ragline evalset negatives` stored for the snapshot; never: not by a score."
+    )
+
+
+class LocalLlm(_Frozen):
+    model: str = Field("qwen2.5-coder-1.5b-instruct", description="A model of rag_serving/writing/llm_weights.toml.")
+    threads: int = Field(2, ge=1, le=256, description="Fewer than there are free cores: threads wait for the slowest.")
+
+
 class Places(_Frozen):
     """Where things are, from the environment: `RAGLINE_<FIELD>` in capitals."""
 
@@ -176,9 +330,19 @@ class Places(_Frozen):
     mlflow_port: int = Field(5000, ge=0, le=65535)
     embedder_url: str | None = Field(None, description="The embedding service; default http://<host>:<embedder_port>.")
     alert_url: SecretStr | None = Field(None, description="A webhook that hears of holds, rollbacks and failed drills.")
-    llm_url: str | None = Field(None, description="An OpenAI-compatible endpoint, ending in /v1, that writes synthetic queries.")
+    rerank_url: str | None = Field(None, description="A rerank endpoint: its whole address, ending in /rerank.")
+    rerank_key: SecretStr | None = Field(None, description="Its key, if it wants one.")
+    llm_url: str | None = Field(
+        None, description="An OpenAI-compatible endpoint, ending in /v1, that writes answers and synthetic queries."
+    )
     llm_model: str | None = Field(None, description="The model to ask there.")
     llm_key: SecretStr | None = Field(None, description="Its key, if it wants one.")
+    llm_port: int = Field(8323, ge=0, le=65535, description="Where the local language model listens.")
+    deadline_seconds: float | None = Field(
+        None, gt=0, le=600, description="Overrides serving.deadline_seconds and generation.llm_timeout_seconds."
+    )
+    log_format: Literal["plain", "json"] = Field("plain", description="How the services write their logs.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="The least that they write.")
     actor: str | None = Field(None, description="Who acts, for the ledger; default: the login name.")
 
 
@@ -190,11 +354,21 @@ class Settings(_Frozen):
     chunking: Chunking = Chunking()
     index: Index = Index()
     retrieval: Retrieval = Retrieval()
+    rerank: Rerank = Rerank()
     gate: Gate = Gate()
     retention: Retention = Retention()
     drift: Drift = Drift()
     alerts: Alerts = Alerts()
     serving: Serving = Serving()
+    generation: Generation = Generation()
+    local_llm: LocalLlm = LocalLlm()
+    access: Access = Access()
+    admission: Admission = Admission()
+    canary: Canary = Canary()
+    encoder: EncoderClient = EncoderClient()
+    embedder: Embedder = Embedder()
+    guards: Guards = Guards()
+    telemetry: Telemetry = Telemetry()
     models: tuple[ModelSpec, ...] = ()
     default_models: tuple[str, ...] = Field((), description="Models that `ragline run` uses when none are named; the first is the default.")
     places: Places = Places()
@@ -278,6 +452,9 @@ def load_settings(config: Path | None = None, *, environ: Mapping[str, str] | No
     for section, source in (("corpus", places.corpus), ("eval", places.eval_set)):
         if source and isinstance(table.setdefault(section, {}), dict):
             table[section]["source"] = source
+    for section, key in (("serving", "deadline_seconds"), ("generation", "llm_timeout_seconds")):
+        if places.deadline_seconds and isinstance(table.setdefault(section, {}), dict):
+            table[section][key] = places.deadline_seconds
     try:
         settings = Settings.model_validate({**table, "root": path.resolve().parent, "places": places})
     except ValidationError as error:

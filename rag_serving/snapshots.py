@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rag_serving.errors import SnapshotError, StoreError
-from rag_serving.settings import Retrieval
+from rag_serving.settings import Rerank, Retrieval
 from rag_serving.store import Store, sync_folder
 
 MANIFEST = "MANIFEST.json"
@@ -20,6 +20,7 @@ TABLE = "chunks"
 _PREFIX = "snapshots"
 _ID = re.compile(r"[a-z0-9][a-z0-9-]{7,63}")
 _BLOCK = 1 << 20
+_SINCE_FORMAT = {"built": 2, "delta": 2, "restricted": 3, "rerank": 3}
 _VERSION_HINT = "latest_version_hint.json"
 
 
@@ -29,7 +30,9 @@ class Manifest:
 
     `index` holds how vectors are searched, `retrieval` how signals are fused: what was measured is what is served. `built` is "full" or
     "incremental"; an incremental one began as its `parent`, and `delta` counts the rows that were added, changed and removed, all such rows
-    since the last full build, and the builds since then. Format 1 knew neither `built` nor `delta`.
+    since the last full build, and the builds since then. `restricted` counts the rows that not everyone may read. Format 1 knew neither `built`
+    nor `delta`, format 2 no `restricted`: those snapshots hold no access lists, and everyone may read all of them. `rerank` holds the rule that
+    orders the best passages anew, and what is stored for it: token vectors and their bytes, or the fingerprint of a cross-encoder.
     """
 
     build_key: str
@@ -49,12 +52,12 @@ class Manifest:
     files: Mapping[str, Mapping[str, Any]]
     built: str = "full"
     delta: Mapping[str, int] = field(default_factory=dict)
-    format: int = 2
+    restricted: int = 0
+    rerank: Mapping[str, Any] = field(default_factory=dict)
+    format: int = 3
 
     def encode(self) -> bytes:
-        fields = asdict(self)
-        if self.format == 1:
-            fields = {name: value for name, value in fields.items() if name not in ("built", "delta")}
+        fields = {name: value for name, value in asdict(self).items() if _SINCE_FORMAT.get(name, 1) <= self.format}
         return json.dumps(fields, sort_keys=True, indent=2).encode()
 
     @property
@@ -72,6 +75,10 @@ class Manifest:
 
     def fusion(self) -> Retrieval:
         return Retrieval.model_validate(self.retrieval)
+
+    def reranking(self) -> Rerank | None:
+        """How the best passages are ordered anew, with the default budget; None when they are not."""
+        return Rerank.model_validate(self.rerank["rule"]) if self.rerank else None
 
 
 def hash_file(path: Path) -> str:

@@ -2,19 +2,21 @@
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
 
-from rag_assets.corpus import CHUNKS
-from rag_assets.indexing import Health, Recipe, build_snapshot, embedded_text
+from rag_assets.attributes import attributes_of, row_schema
+from rag_assets.indexing import Health, Recipe, build_snapshot
 from rag_serving.models import load_model
+from rag_serving.passages import embedded_text
 from rag_serving.promotion import promote
 from rag_serving.releases import Ledger
-from rag_serving.settings import Gate, Index, ModelSpec, Retrieval
+from rag_serving.settings import FilterKind, Gate, Index, ModelSpec, Retrieval
 from rag_serving.snapshots import Manifest
 from rag_serving.store import Store
 from rag_serving.verdicts import COMPARING, GATES, RETRIEVAL_QUALITY, Verdict, write_verdict
@@ -28,7 +30,15 @@ def passages(count: int, *, tag: str = "first") -> list[str]:
     return [f"{tag} passage {number} tells about topic{number % 7} and word{number}" for number in range(count)]
 
 
-def chunk_table(texts: Sequence[str], *, title: str = "title {}") -> pa.Table:
+def chunk_table(
+    texts: Sequence[str],
+    *,
+    title: str = "title {}",
+    acl: Callable[[int], list[str]] = lambda _: [],
+    metadata: Callable[[int], Mapping[str, Any]] = lambda _: {},
+    filters: Mapping[str, FilterKind] = MappingProxyType({}),
+) -> pa.Table:
+    """A document of one chunk for each text; `acl` and `metadata` are called with its number."""
     rows = [
         {
             "chunk_id": hashlib.sha256(f"{number} {text}".encode()).hexdigest()[:32],
@@ -39,10 +49,11 @@ def chunk_table(texts: Sequence[str], *, title: str = "title {}") -> pa.Table:
             "text": text,
             "start": 0,
             "end": len(text),
+            **attributes_of(acl(number), metadata(number), filters),
         }
         for number, text in enumerate(texts)
     ]
-    return pa.Table.from_pylist(rows, schema=CHUNKS)
+    return pa.Table.from_pylist(rows, schema=row_schema(filters))
 
 
 def recipe_of(chunks: pa.Table, *, hnsw_from_rows: int = 2000, retrieval: Retrieval | None = None) -> Recipe:

@@ -2,22 +2,27 @@
 
 import asyncio
 import hashlib
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import httpx2
 import pyarrow as pa
 from live_server import running
 
+from rag_assets.attributes import attributes_of, row_schema
 from rag_assets.embedding import embed
-from rag_assets.indexing import Recipe, build_snapshot, embedded_text
+from rag_assets.indexing import Recipe, build_snapshot
 from rag_serving import app, embedder
+from rag_serving.edge.problems import PROBLEMS
 from rag_serving.models import load_model
+from rag_serving.passages import embedded_text
 from rag_serving.promotion import promote
 from rag_serving.releases import Entry
-from rag_serving.settings import Gate, ModelSpec, Places, Serving, Settings
+from rag_serving.settings import Gate, ModelSpec, Places, Rerank, Serving, Settings
 from rag_serving.snapshots import Manifest
 from rag_serving.store import LocalStore
 
@@ -44,19 +49,27 @@ def settings_for(
     return Settings(root=root, models=(spec,), serving=serving, places=Places(embedder_url=embedder_url))
 
 
-def build(store: LocalStore, settings: Settings, pages: Mapping[str, tuple[str, str]] = PAGES) -> Manifest:
-    """A snapshot of one chunk a page, with the vectors of the hashing model."""
+def build(
+    store: LocalStore,
+    settings: Settings,
+    pages: Mapping[str, tuple[str, str]] = PAGES,
+    *,
+    rerank: Rerank | None = None,
+    acl: Mapping[str, list[str]] = MappingProxyType({}),
+) -> Manifest:
+    """A snapshot of one chunk a page, with the vectors of the hashing model; the service of a page is its metadata, as far as declared."""
     model = load_model(settings.models[0], Path())
     rows = [
         {
             "chunk_id": hashlib.sha256(f"{doc_id}{text}".encode()).hexdigest()[:32],
-            "doc_id": doc_id,
+            "doc_id": doc_id.partition("#")[0],  # d#1, d#2: chunks of one document
             "uri": f"https://docs.example/{doc_id}",
             "title": title,
             "heading_path": "",
             "text": text,
             "start": 0,
             "end": len(text),
+            **attributes_of(acl.get(doc_id, []), {"service": doc_id.partition(".")[0]}, settings.index.filters),
         }
         for doc_id, (title, text) in pages.items()
     ]
@@ -70,8 +83,11 @@ def build(store: LocalStore, settings: Settings, pages: Mapping[str, tuple[str, 
         chunking={},
         index=settings.index,
         retrieval=settings.retrieval,
+        rerank={"rule": rerank.model_dump()} if rerank else {},
     )
-    manifest, _ = asyncio.run(build_snapshot(store, recipe, pa.Table.from_pylist(rows), texts, titles, parent=None))
+    manifest, _ = asyncio.run(
+        build_snapshot(store, recipe, pa.Table.from_pylist(rows, schema=row_schema(settings.index.filters)), texts, titles, parent=None)
+    )
     return manifest
 
 
@@ -114,3 +130,16 @@ def two_snapshots(root: Path) -> tuple[LocalStore, Manifest, Manifest]:
 
 def edition(number: int) -> dict[str, tuple[str, str]]:
     return {doc_id: (title, f"{text} Edition {number}.") for doc_id, (title, text) in PAGES.items()}
+
+
+def problem(reply: httpx2.Response) -> dict:
+    """The body of a refusal, after what every refusal promises was checked."""
+    body = reply.json()
+    assert reply.headers["content-type"] == "application/problem+json"
+    assert set(body) == {"type", "status", "title", "code", "detail", "fix", "trace_id"}
+    assert (body["status"], body["title"]) == PROBLEMS[body["code"]]
+    assert body["status"] == reply.status_code
+    assert re.fullmatch(r"[0-9a-f]{32}", body["trace_id"])
+    assert "Traceback" not in reply.text
+    assert not re.search(r"(/[\w.-]+){2,}\.py|/tmp/", reply.text)
+    return body

@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from rich.console import Console
 
-from evals.bench import embedder, embedding, quality, retrieval, rollback, verify
+from evals.bench import embedder, embedding, load, quality, reranking, retrieval, rollback, scale, verify
 from evals.bench.figures import Figure, figures_table, machine
 from evals.bench.rig import Rig
 from rag_assets.terminal import TerminalReporter
@@ -27,10 +27,13 @@ BENCHES: Mapping[str, Callable[[Rig], Awaitable[list[Figure]]]] = MappingProxyTy
         "verify": verify.run,
         "rollback": rollback.run,
         "embedder": embedder.run,
+        "load": load.run,
         "quality": quality.run,
+        "reranking": reranking.run,
+        "scale": scale.run,
     }
 )
-BY_NAME_ONLY = frozenset({"quality"})
+BY_NAME_ONLY = frozenset({"quality", "reranking", "scale"})
 _MODEL = "all-MiniLM-L6-v2"
 _CORPUS = "sample:small"
 

@@ -44,11 +44,11 @@ class Pairs:
     ours: Sequence[float]
     peer: Sequence[float]
 
-    def rate(self, what: str, amount: float, unit: str, *, peer_is: str, note: str = "") -> Figure:
-        """`amount` a second: medians of the rounds, and the median of the rounds' ratios. The peer is a limit that ours cannot pass."""
+    def rate(self, what: str, amount: float, unit: str, *, peer_is: str, limit: bool = True, note: str = "") -> Figure:
+        """`amount` a second: medians of the rounds, and the median of the rounds' ratios. `limit`: ours cannot be quicker than the peer."""
         ours, peer = (amount / np.asarray(side) for side in (self.ours, self.peer))
         figure = _paired(what, ours, peer, unit, peer_is=peer_is, note=note)
-        return _doubted(figure) if (figure.ratio or 0) > 1 + _NOISE else figure
+        return _doubted(figure) if limit and (figure.ratio or 0) > 1 + _NOISE else figure
 
     def milliseconds(self, what: str, *, peer_is: str, limit: bool = True, note: str = "") -> Figure:
         """Medians in ms, and the median of the rounds' ratios. `limit`: the peer does a part of our work, so ours cannot be quicker."""

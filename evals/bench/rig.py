@@ -1,7 +1,7 @@
 """What benches share: settings, a scratch folder on the disk of the store, the model with its bare peer, and snapshots to measure on."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,16 +13,17 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from rag_assets import ingestion, steps
-from rag_assets.corpus import CHUNKS, read_table
+from rag_assets.attributes import attributes_of, row_schema
+from rag_assets.corpus import read_table
 from rag_assets.indexing import Recipe, build_snapshot
 from rag_assets.workbench import Reporter, Workbench
+from rag_serving.embedding.weights import pull
 from rag_serving.errors import ModelError
 from rag_serving.models import PARITY_FLOOR, EmbeddingModel
-from rag_serving.retrieval import embedded_text
+from rag_serving.passages import embedded_text
 from rag_serving.settings import Settings
 from rag_serving.snapshots import Manifest
 from rag_serving.store import LocalStore, Store
-from rag_serving.weights import pull
 
 Vectors = NDArray[np.float32]
 _SIZES = (4, 8, 16, 32, 64)
@@ -105,8 +106,10 @@ class Rig:
     def scratch_store(self) -> Store:
         return LocalStore(self.scratch / "store")
 
-    async def synthetic_snapshot(self, vectors: Vectors, *, tag: str) -> Manifest:
-        """A snapshot in the scratch store with these unit vectors, as text and as title vectors, under short made-up texts."""
+    async def synthetic_snapshot(
+        self, vectors: Vectors, *, tag: str, store: Store | None = None, acl: Callable[[int], list[str]] = lambda _: []
+    ) -> Manifest:
+        """A snapshot with these unit vectors, as text and as title vectors, under short made-up texts; in the scratch store if no other."""
         rows = [
             {
                 "chunk_id": hashlib.sha256(f"{tag} {number}".encode()).hexdigest()[:32],
@@ -117,6 +120,7 @@ class Rig:
                 "text": f"passage {number} of group {number % 97}",
                 "start": 0,
                 "end": 1,
+                **attributes_of(acl(number), {}, {}),
             }
             for number in range(len(vectors))
         ]
@@ -129,8 +133,8 @@ class Rig:
             index=self.settings.index,
             retrieval=self.settings.retrieval,
         )
-        table = pa.Table.from_pylist(rows, schema=CHUNKS)
-        manifest, _ = await build_snapshot(self.scratch_store, recipe, table, vectors, vectors, parent=None)
+        table = pa.Table.from_pylist(rows, schema=row_schema({}))
+        manifest, _ = await build_snapshot(store or self.scratch_store, recipe, table, vectors, vectors, parent=None)
         return manifest
 
 

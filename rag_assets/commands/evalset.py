@@ -64,7 +64,8 @@ def negatives(
     as_json: Json = False,
 ) -> None:
     """Tune the score below which the live snapshot has no answer."""
-    from rag_assets.noanswer import SIGNAL, tune_live
+    from rag_assets.noanswer import tune_live
+    from rag_serving.writing.relevance import SIGNAL
 
     found = tune_live(_bench(load_settings()), folder)
     if as_json:

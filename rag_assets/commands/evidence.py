@@ -102,3 +102,25 @@ def power(
         print_json(found.facts())
     else:
         console.print(found.table())
+
+
+@commands.command()
+def fit(
+    model: Annotated[str, typer.Option(help="Embedding model; default: the first default model.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Fit the weights of reranking to the eval set, and say whether the half that had no part in it agrees. Changes nothing."""
+    from rag_assets.fitting import fit_snapshot
+    from rag_assets.terminal import TerminalReporter, print_fit
+    from rag_assets.workbench import Workbench
+
+    settings = load_settings()
+    name = chosen_models(settings, model)[0]
+    found = fit_snapshot(Workbench(settings, reporter=TerminalReporter(errors)), name)
+    if as_json:
+        gain = found.heldout_gain
+        bounds = {"mean": gain.mean, "lower_bound": gain.lower_bound, "low": gain.low, "high": gain.high}
+        halves = {"tune": asdict(found.tune), "heldout": asdict(found.heldout)}
+        print_json({"weights": found.weights.model_dump(), **halves, "heldout_gain": bounds, "kept": found.kept})
+    else:
+        print_fit(console, found)

@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from dataclasses import asdict
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -13,6 +14,10 @@ from rag_assets.commands import Json, chosen_models, console, errors, print_json
 from rag_serving.settings import load_settings
 
 commands = typer.Typer()
+
+
+class Llm(StrEnum):
+    LOCAL = "local"
 
 
 @commands.command()
@@ -69,11 +74,20 @@ def quarantine(as_json: Json = False) -> None:
 
 
 @commands.command()
-def up() -> None:
+def up(llm: Annotated[Llm | None, typer.Option(help="local: run local_llm.model too, and have it write the answers.")] = None) -> None:
     """Start the platform: Dagster, MLflow, the embedding service and the serving API. Ctrl-C stops all of it."""
     from rag_assets.platform import up as start
 
-    raise typer.Exit(start(load_settings(), console=console))
+    raise typer.Exit(start(load_settings(), console=console, local_llm=llm is Llm.LOCAL))
+
+
+@commands.command()
+def llm(host: Annotated[str, typer.Option()] = "", port: Annotated[int, typer.Option()] = -1) -> None:
+    """Run the local language model (OpenAI /v1/chat/completions)."""
+    from rag_serving.writing.local_llm import serve as start
+
+    settings = load_settings()
+    start(settings, host=host or settings.places.host, port=port if port >= 0 else settings.places.llm_port)
 
 
 @commands.command()

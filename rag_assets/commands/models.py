@@ -18,7 +18,7 @@ def theme() -> None:
 @commands.command()
 def pull(names: Annotated[str, typer.Argument(help="Comma-separated model names, or all.")] = "") -> None:
     """Fetch weights, checked against their pinned hashes."""
-    from rag_serving import weights
+    from rag_serving.embedding import weights
 
     settings = load_settings()
     for name in chosen_models(settings, names):

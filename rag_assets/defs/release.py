@@ -58,10 +58,10 @@ def warm_up_gate(bench: dg.ResourceParam[Workbench]) -> dg.MaterializeResult:
 @dg.asset(
     group_name="release",
     deps=[warm_up_gate],
-    check_specs=[_passable("canary", "One of the snapshots that may go live does no harm on replayed traffic, or none has to.")],
+    check_specs=[_passable("canary", "One of the snapshots that may go live does no harm on real or replayed traffic, or none has to.")],
 )
 def canary(bench: dg.ResourceParam[Workbench]) -> dg.MaterializeResult:
-    """The eval queries replayed through challenger and champion, compared query after query by a sequential test."""
+    """Real requests that both answered, where the challenger was the canary, and the eval queries replayed through both, by a sequential test."""
     verdicts = rounds.open_round(bench).canaries().values()
     return _gate_result(verdicts, passed=not verdicts or any(verdict.outcome == "PASS" for verdict in verdicts))
 

@@ -1,4 +1,4 @@
-"""What watches between runs: drift places holds, silence places one, and the ledger is shown and told."""
+"""What watches between runs: drift places holds, silence places one, harm ends a canary, and the ledger is shown and told."""
 
 import json
 
@@ -9,7 +9,9 @@ from rag_assets.defs.automation import drift
 from rag_assets.defs.drill import drill
 from rag_assets.defs.release import RollbackConfig, rollback
 from rag_assets.holds import due_rollback, hold_findings, hold_missed_week
+from rag_assets.observations import tidy
 from rag_assets.release_log import release_facts, tell
+from rag_assets.trial import abort_harmful, harm, harm_alert
 from rag_assets.workbench import Workbench
 from rag_serving.releases import Ledger
 
@@ -51,6 +53,27 @@ def missed_week(bench: dg.ResourceParam[Workbench]) -> dg.SensorResult:
     return dg.SensorResult(
         skip_reason=f"entry {entry.number}: {entry.reason}" if entry else "the weekly run is not overdue, or held already"
     )
+
+
+@dg.sensor(minimum_interval_seconds=30, default_status=RUNNING)
+def canary_watch(context: dg.SensorEvaluationContext, bench: dg.ResourceParam[Workbench]) -> dg.SensorResult:
+    """The end of a canary that real traffic shows to do harm, written in the ledger; or an alert where ragline.toml leaves the end to people."""
+    settings, alpha = bench.settings.canary, bench.settings.gate.alpha
+    if settings.automatic_abort:
+        entry = abort_harmful(bench.store, settings, alpha=alpha, actor="canary_watch sensor")
+        return dg.SensorResult(skip_reason=f"entry {entry.number}: {entry.reason}" if entry else "no canary is shown to do harm")
+    shown = harm(bench.store, settings, alpha=alpha)
+    if shown is None or context.cursor == str(shown.trial.entry.number):
+        return dg.SensorResult(skip_reason="told already" if shown else "no canary is shown to do harm", cursor=context.cursor)
+    told = send(bench.settings, harm_alert(shown))
+    return dg.SensorResult(skip_reason=shown.reason, cursor=str(shown.trial.entry.number) if told else context.cursor)
+
+
+@dg.sensor(minimum_interval_seconds=3600, default_status=RUNNING)
+def observation_log(bench: dg.ResourceParam[Workbench]) -> dg.SensorResult:
+    """The observation log kept small: an hour that is over becomes one part, and days beyond `canary.keep_days` go."""
+    gone = tidy(bench.store, keep_days=bench.settings.canary.keep_days)
+    return dg.SensorResult(skip_reason=f"{gone} parts were merged or taken away")
 
 
 @dg.sensor(minimum_interval_seconds=15, default_status=RUNNING)

@@ -102,7 +102,7 @@ def observe(bench: Workbench, name: str, queries: list[str]) -> None:
     """What serving keeps of requests where their words may be kept."""
     buffer = io.BytesIO()
     pq.write_table(pa.table({"query": queries, "snapshot_id": ["s"] * len(queries)}), buffer)
-    bench.store.write(f"observations/{name}.parquet", buffer.getvalue())
+    bench.store.write(f"observations/{name}/120000.parquet", buffer.getvalue())
 
 
 def now(*, days_ago: float = 0.0) -> str:
@@ -267,7 +267,7 @@ def test_damaged_references_and_observations_are_named(bench, damage):
     bench.store.write(f"drift/references/{name}", damage)
     with pytest.raises(StoreError, match=name):
         detectors.query_drift(bench)
-    bench.store.write("observations/x.parquet", damage)
+    bench.store.write("observations/2026-11-01/x.parquet", damage)
     with pytest.raises(StoreError, match=r"x\.parquet"):
         detectors.query_drift(bench)
 

@@ -12,7 +12,7 @@ from rag_assets.drill import run_drill
 from rag_assets.workbench import Workbench
 from rag_serving.errors import ConfigError, DrillFailed, ModelMismatch, SnapshotError
 from rag_serving.releases import Ledger
-from rag_serving.settings import Drift, ModelSpec
+from rag_serving.settings import Drift, ModelSpec, Rerank, RerankWeights
 from rag_serving.snapshots import TABLE, snapshot_key
 
 
@@ -54,6 +54,16 @@ def test_the_previous_snapshot_answers_as_it_was_measured(root):
     assert drill.snapshot_id.startswith("hashing-128-")
     assert (drill.probes, drill.compared, drill.agreement) == (50, 50, 1.0)
     assert 0 < drill.seconds < 30
+
+
+def test_a_reranked_snapshot_answers_as_it_was_measured(tmp_path):
+    """A snapshot whose manifest orders passages by late interaction alone returns in the drill what its evaluation recorded."""
+    write_corpus(tmp_path / "beir")
+    bench = Workbench(settings_for(tmp_path, rerank=Rerank(method="maxsim", weights=RerankWeights(fused=0.0))))
+    released(bench, "hashing-128")
+    released(bench, "hashing-256")
+    drill = run_drill(bench)
+    assert (drill.compared, drill.agreement) == (50, 1.0)
 
 
 def test_the_real_store_is_only_read(root):

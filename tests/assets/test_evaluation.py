@@ -343,7 +343,7 @@ def test_negative_latency_is_no_evidence(measured, monkeypatch):
     store, manifest, run, _ = measured
     ticks = iter(range(100, 0, -1))
     monkeypatch.setattr("rag_assets.measurement.time.perf_counter", lambda: float(next(ticks)))
-    with pytest.raises(EvidenceError, match=r"took -1000\.0 ms"):
+    with pytest.raises(EvidenceError, match=r"took -\d000\.0 ms"):
         run()
     assert read_evaluation(store, manifest.sha256, EVAL_SET.sha256) is None
 

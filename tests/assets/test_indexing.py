@@ -8,9 +8,10 @@ import pytest
 from small_line import MODEL, build, chunk_table, passages, recipe_of, vectors_of
 
 from rag_assets.freezing import Coverage, Health
-from rag_assets.indexing import build_snapshot, embedded_text
+from rag_assets.indexing import build_snapshot
 from rag_assets.survey import survey
 from rag_serving.errors import SnapshotError
+from rag_serving.passages import embedded_text
 from rag_serving.settings import Retrieval
 from rag_serving.snapshots import hash_tree, snapshot_ids, verify
 
@@ -28,7 +29,9 @@ def test_a_built_snapshot_is_sound(store, hnsw_from_rows):
     assert (health.coverage.rows, manifest.rows, manifest.documents, manifest.dims) == (150, 150, 150, 64)
     assert (manifest.built, manifest.parent, manifest.delta) == ("full", None, {})
     assert (manifest.fingerprint, manifest.embedding_model) == (MODEL.fingerprint, "hashing-64")
-    wanted = {"content_idx", "title_idx"} | ({"vector_idx", "title_vector_idx"} if hnsw_from_rows == 150 else set())
+    wanted = {"content_idx", "title_idx", "acl_idx", "doc_id_idx", "uri_idx"} | (
+        {"vector_idx", "title_vector_idx"} if hnsw_from_rows == 150 else set()
+    )
     assert health.coverage.indexed_rows == dict.fromkeys(wanted, 150)
     assert health.self_retrieval >= 0.99
     assert health.ann_recall >= 0.95
@@ -122,7 +125,7 @@ def test_a_survey_is_the_same_in_any_batches():
     assert whole.sample.num_rows == 200
     for at, name in enumerate(chunks.schema.names):
         changed = chunks.slice(0, 1).to_pylist()[0]
-        changed[name] = changed[name] + ("x" if isinstance(changed[name], str) else 1)
+        changed[name] += {str: "x", int: 1, list: ["x"]}[type(changed[name])]
         other = survey(pa.Table.from_pylist([changed], schema=chunks.schema).to_batches())
         assert other.contents[0] != whole.contents[0], chunks.schema.names[at]
 

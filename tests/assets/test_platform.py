@@ -14,11 +14,12 @@ import pytest
 from pydantic import SecretStr
 from rich.console import Console
 
-from rag_assets.platform import environment, services, up
+from rag_assets.platform import environment, services, tracing, up
 from rag_assets.postgres import Databases
+from rag_serving.edge.ports import port_is_free
 from rag_serving.errors import PlatformError
-from rag_serving.ports import port_is_free
 from rag_serving.settings import Places, Settings, load_settings
+from rag_serving.signals.exporting import ENDPOINTS
 
 REPOSITORY = Path(__file__).parents[2]
 UP = """
@@ -150,6 +151,21 @@ def test_children_read_the_same_settings(tmp_path, monkeypatch):
     seen = load_settings(environ=environment(settings, databases)).places
     assert (seen.serving_port, seen.home, seen.host) == (8001, settings.home, "127.0.0.1")
     assert seen.postgres_url == SecretStr(databases.dagster_url)
+
+
+def test_traces_go_to_mlflow_unless_told_otherwise(tmp_path, monkeypatch):
+    """The services are told the platform's MLflow, a named one instead of it, and nothing where the environment names an endpoint itself."""
+    for name in ENDPOINTS:
+        monkeypatch.delenv(name, raising=False)
+    settings = Settings(root=tmp_path, places=Places(mlflow_port=5001))
+    assert tracing(settings) == {
+        ENDPOINTS[0]: "http://127.0.0.1:5001/v1/traces",
+        "OTEL_EXPORTER_OTLP_TRACES_HEADERS": "x-mlflow-experiment-id=0",
+    }
+    named = Settings(root=tmp_path, places=Places(mlflow_url="http://mlflow.example/"))
+    assert tracing(named)[ENDPOINTS[0]] == "http://mlflow.example/v1/traces"
+    monkeypatch.setenv(ENDPOINTS[1], "http://collector.example:4318")
+    assert tracing(settings) == {}
 
 
 def test_procfile_shows_no_secret_and_no_stray_name():

@@ -33,7 +33,25 @@ def test_every_setting_is_documented():
 def test_ragline_toml_states_the_defaults():
     """What each section of ragline.toml says equals the built-in defaults, so that it is a faithful start."""
     configured, defaults = load_settings(ROOT / "ragline.toml", environ={}), Settings(root=ROOT)
-    for section in ("corpus", "eval", "parsing", "chunking", "index", "retrieval", "gate", "drift", "alerts", "serving"):
+    for section in (
+        "corpus",
+        "eval",
+        "parsing",
+        "chunking",
+        "index",
+        "retrieval",
+        "gate",
+        "drift",
+        "alerts",
+        "serving",
+        "encoder",
+        "embedder",
+        "access",
+        "admission",
+        "canary",
+        "telemetry",
+        "rerank",
+    ):
         assert getattr(configured, section) == getattr(defaults, section), section
 
 

@@ -1,9 +1,7 @@
 """The serving process over a real socket: replies, refusals, headers and readiness."""
 
 import asyncio
-import json
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -11,14 +9,11 @@ import time
 import httpx2
 import pytest
 from live_server import running
-from small_service import PAGES, SPEC, build, embedding, release, serving, settings_for, two_snapshots
-from starlette.responses import PlainTextResponse
+from small_service import PAGES, SPEC, build, embedding, problem, release, serving, settings_for, two_snapshots
 
 from rag_serving import telemetry
-from rag_serving.app import MOST_BODY_BYTES
-from rag_serving.frame import Frame
-from rag_serving.limits import BodyLimit
-from rag_serving.problems import PROBLEMS
+from rag_serving.edge.frame import Frame
+from rag_serving.edge.origins import Origins
 from rag_serving.store import LocalStore
 
 ASK = {"query": "How do I delete a bucket?"}
@@ -40,26 +35,13 @@ def client(live):
     return live[0]
 
 
-def problem(reply: httpx2.Response) -> dict:
-    """The body of a refusal, after what every refusal promises was checked."""
-    body = reply.json()
-    assert reply.headers["content-type"] == "application/problem+json"
-    assert set(body) == {"type", "status", "title", "code", "detail", "fix", "trace_id"}
-    assert (body["status"], body["title"]) == PROBLEMS[body["code"]]
-    assert body["status"] == reply.status_code
-    assert re.fullmatch(r"[0-9a-f]{32}", body["trace_id"])
-    assert "Traceback" not in reply.text
-    assert not re.search(r"(/[\w.-]+){2,}\.py|/tmp/", reply.text)
-    return body
-
-
 def test_retrieve(live):
     """/v1/retrieve gives ranked hits with their four signals, and names snapshot, release and model."""
     client, manifest = live
     reply = client.post("/v1/retrieve", json=ASK | {"top_k": 3})
     body = reply.json()
     assert reply.status_code == 200
-    assert set(body) == {"snapshot_id", "release", "embedding_model", "hits", "degraded", "trace_id", "timings_ms"}
+    assert set(body) == {"snapshot_id", "release", "embedding_model", "hits", "degraded", "guards", "trace_id", "timings_ms"}
     assert (body["snapshot_id"], body["release"], body["embedding_model"], body["degraded"]) == (manifest.snapshot_id, 1, SPEC.name, [])
     assert [*body["timings_ms"]] == PHASES[:3]
     assert len(body["hits"]) == 3
@@ -92,99 +74,10 @@ def test_query_abstains(client):
     assert body["answer"].endswith(".")
 
 
-@pytest.mark.parametrize(
-    "query", ["🙂🙂🙂", "如何删除存储桶", "كيف أحذف الدلو", 'delete AND (bucket OR "', "e\u0301" * 100, "\u202ebucket", "*", "a\tb\nc"]
-)
-def test_any_text_is_answered(client, query):
-    """Emoji, other scripts, right-to-left text, query syntax and tabs are questions like any other."""
-    assert client.post("/v1/query", json={"query": query}).status_code == 200
-
-
 def test_default_top_k(client):
     """Without top_k the configured number of passages comes back, at most as many as there are."""
     assert len(client.post("/v1/retrieve", json=ASK).json()["hits"]) == 5
     assert len(client.post("/v1/retrieve", json=ASK | {"top_k": 50}).json()["hits"]) == len(PAGES)
-
-
-BAD = [
-    (b"", 400, "invalid_json"),
-    (b"{", 400, "invalid_json"),
-    (b"\xff\xfe", 400, "invalid_json"),
-    (b'{"query": "a", "top_k": NaN}', 400, "invalid_json"),
-    (b'{"query": "a", "query": "b"}', 400, "invalid_json"),
-    (b"[" * 60_000, 400, "invalid_json"),
-    (b'{"query": "a", "top_k": ' + b"9" * 5000 + b"}", 400, "invalid_json"),
-    (b"[]", 422, "invalid_field"),
-    (b"null", 422, "invalid_field"),
-    (b"{}", 422, "invalid_field"),
-    (b'{"query": 5}', 422, "invalid_field"),
-    (b'{"query": "a", "tenant": "b"}', 422, "unknown_field"),
-    (b'{"query": "a", "where": "1=1"}', 422, "unknown_field"),
-    (b'{"query": "a", "\\ud800": 1}', 422, "invalid_characters"),
-    (b'{"query": ""}', 422, "empty_query"),
-    (b'{"query": " \\t\\n\\u200b\\u202e"}', 422, "empty_query"),
-    (b'{"query": "\\u0000"}', 422, "invalid_characters"),
-    (b'{"query": "a\\u0007b"}', 422, "invalid_characters"),
-    (b'{"query": "\\ud800"}', 422, "invalid_characters"),
-    (json.dumps({"query": "a" + "\u0301" * 31}).encode(), 422, "invalid_characters"),
-    (json.dumps({"query": "x" * 4001}).encode(), 422, "query_too_long"),
-    *((json.dumps({"query": "a", "top_k": value}).encode(), 422, "invalid_field") for value in (0, -1, 51, 10**9, 1.5, "5", True, [5])),
-]
-
-
-@pytest.mark.parametrize(("body", "status", "code"), BAD, ids=range(len(BAD)))
-def test_bad_bodies(client, body, status, code):
-    """Each way in which a body can be wrong has its status and its stable code, on both routes."""
-    for path in ("/v1/retrieve", "/v1/query"):
-        reply = client.post(path, content=body, headers={"Content-Type": "application/json"})
-        found = problem(reply)
-        assert (found["status"], found["code"]) == (status, code), found
-        assert found["fix"]
-
-
-@pytest.mark.parametrize("media_type", ["", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"])
-def test_only_json_is_read(client, media_type):
-    """A body that is not declared as JSON is refused unparsed."""
-    reply = client.post("/v1/query", content=json.dumps(ASK), headers={"Content-Type": media_type})
-    assert (reply.status_code, problem(reply)["code"]) == (415, "unsupported_media_type")
-
-
-def test_stated_length_over_the_cap(client):
-    """A body stated as too long is refused before it is sent."""
-    started = time.perf_counter()
-    reply = client.post("/v1/query", content=b"x" * (MOST_BODY_BYTES + 1), headers={"Content-Type": "application/json"})
-    assert problem(reply)["code"] == "body_too_long"
-    assert time.perf_counter() - started < 1
-
-
-def test_unstated_length_over_the_cap(client):
-    """A body without a stated length is cut off at the cap."""
-    reply = client.post("/v1/query", content=(b"x" * 8192 for _ in range(20)), headers={"Content-Type": "application/json"})
-    assert (reply.status_code, problem(reply)["code"]) == (413, "body_too_long")
-
-
-def test_slow_body_is_refused():
-    """A body that does not arrive in time frees its place with 408."""
-
-    async def echo(scope, receive, send):
-        while (await receive()).get("more_body"):
-            pass
-        await PlainTextResponse("read")(scope, receive, send)
-
-    from starlette.applications import Starlette
-    from starlette.routing import Mount
-
-    limited = BodyLimit(Starlette(routes=[Mount("/", echo)]), most_bytes=100, too_long="", refusal=lambda *_: echo, seconds=0.2)
-    with running(limited) as url, socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
-        connection.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 50\r\n\r\nslow")
-        started = time.perf_counter()
-        assert b" 408 " in connection.recv(1000)
-        assert time.perf_counter() - started < 2
-
-
-def test_long_headers(client):
-    """Headers above 16 KiB are refused."""
-    assert problem(client.get("/livez", headers={"X-Long": "x" * 17_000}))["code"] == "headers_too_long"
 
 
 def test_unknown_address_and_method(client):
@@ -192,24 +85,6 @@ def test_unknown_address_and_method(client):
     assert problem(client.get("/v1/nothing"))["code"] == "not_found"
     reply = client.get("/v1/query")
     assert (problem(reply)["code"], reply.headers["allow"]) == ("method_not_allowed", "POST")
-
-
-def test_request_id(client):
-    """A well-formed X-Request-Id comes back; any other is replaced, never echoed."""
-    assert client.get("/livez", headers={"X-Request-Id": "order-66.b_c"}).headers["x-request-id"] == "order-66.b_c"
-    for bad in ("a b", "x" * 65, "<script>", "é".encode()):
-        assert re.fullmatch(r"[0-9a-f]{32}", client.get("/livez", headers={"X-Request-Id": bad}).headers["x-request-id"])
-
-
-def test_trace_id(client):
-    """A valid traceparent is continued; a malformed, oversized or zero one starts a new trace."""
-    ours = "0af7651916cd43dd8448eb211c80319c"
-    ask = {"json": ASK}
-    assert client.post("/v1/query", headers={"traceparent": f"00-{ours}-b7ad6b7169203331-01"}, **ask).json()["trace_id"] == ours
-    for bad in (f"00-{ours}-b7ad6b7169203331", f"00-{'0' * 32}-b7ad6b7169203331-01", f"00-{ours}-b7ad6b7169203331-01" * 200, "x"):
-        trace_id = client.post("/v1/query", headers={"traceparent": bad}, **ask).json()["trace_id"]
-        assert re.fullmatch(r"[0-9a-f]{32}", trace_id)
-        assert trace_id != ours
 
 
 def test_security_headers_everywhere(client):
@@ -228,7 +103,7 @@ def test_unforeseen_errors_are_problems():
     async def broken(scope, receive, send):
         raise RuntimeError("secret /tmp/place")
 
-    with running(Frame(broken, tracer=telemetry.tracer(telemetry.provider()))) as url:
+    with running(Frame(broken, tracer=telemetry.tracer(telemetry.provider()), origins=Origins())) as url:
         reply = httpx2.get(url, trust_env=False)
     assert problem(reply)["code"] == "internal"
     assert "secret" not in reply.text
@@ -245,18 +120,6 @@ def test_page_files(client, name, media_type):
     assert reply.headers["content-type"].split(";")[0] == media_type
     assert reply.headers["cache-control"] == "no-cache"
     assert client.get(f"/{name}", headers={"If-None-Match": reply.headers["etag"]}).status_code == 304
-
-
-@pytest.mark.parametrize("name", ["../app.py", "..%2fapp.py", "%2e%2e/app.py", "app.py", "nothing.css", "index.html%00", "a" * 300])
-def test_only_the_page_is_served(client, name):
-    """No other file can be reached through /static."""
-    assert client.get(f"/static/{name}").status_code == 404
-
-
-def test_ranges_are_ignored(client):
-    """A Range header, however long, gives the whole file."""
-    reply = client.get("/static/app.js", headers={"Range": "bytes=" + ",".join(f"{at}-{at}" for at in range(500))})
-    assert reply.status_code == 200
 
 
 def test_release(live):
@@ -286,14 +149,6 @@ def test_no_vectors_in_replies(live):
         return 0
 
     assert max(longest_number_list(reply) for reply in replies) < manifest.dims
-
-
-def test_openapi_shows_how(client):
-    """The OpenAPI page has an example question and names every code of a problem."""
-    document = client.get("/openapi.json").json()
-    text = json.dumps(document)
-    assert document["paths"]["/v1/query"]["post"]["requestBody"]["content"]["application/json"]["schema"]["examples"]
-    assert all(code in text for code in ("invalid_json", "unknown_field", "model_mismatch", "not_ready", "body_too_long"))
 
 
 def test_degraded_without_embedder(tmp_path):

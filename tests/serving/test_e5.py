@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rag_serving import e5, weights
+from rag_serving.embedding import e5, weights
 from rag_serving.errors import ModelError
 from rag_serving.models import load_model
 from rag_serving.settings import ModelSpec

@@ -1,23 +1,29 @@
 """The embedding service over a real socket: OpenAI's shape, fingerprints, limits, fairness and a clean end."""
 
 import base64
+import contextlib
+import dataclasses
 import json
 import signal
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import httpx2
 import numpy as np
+import openai
 import pytest
 from live_server import running
 
 from rag_serving.embedder import MOST_BYTES, create_app
+from rag_serving.embedding.embeddings_wire import DEADLINE_HEADER
 from rag_serving.errors import ConfigError
 from rag_serving.models import load_model
-from rag_serving.settings import ModelSpec, Settings
+from rag_serving.settings import Embedder, ModelSpec, Settings
 
 FIRST = ModelSpec(name="first", source="hashing:64", dims=64, max_tokens=64, query_prompt="query: ", document_prompt="passage: ")
 SECOND = ModelSpec(name="second", source="hashing:32", dims=32, max_tokens=64)
@@ -39,8 +45,8 @@ def client():
         yield client
 
 
-def ask(client, **body):
-    return client.post("/v1/embeddings", json={"model": "first", "input": "some text", **body})
+def ask(client, *, headers=None, **body):
+    return client.post("/v1/embeddings", json={"model": "first", "input": "some text", **body}, headers=headers)
 
 
 def test_reply_has_the_openai_shape(client, model):
@@ -109,6 +115,12 @@ def test_bad_requests_get_openai_errors(client, body, status, param):
 def test_allowed_extras(client):
     """`user`, and `dimensions` equal to the model's, are accepted."""
     assert ask(client, user="someone", dimensions=64).status_code == 200
+
+
+def test_other_media_types_are_refused(client):
+    """A body that is not declared as JSON is a 415, unread."""
+    response = client.post("/v1/embeddings", content=b'{"model": "first", "input": "x"}', headers={"content-type": "text/plain"})
+    assert (response.status_code, response.json()["error"]["code"]) == (415, "unsupported_media_type")
 
 
 def test_junk_body_is_refused(client):
@@ -212,9 +224,11 @@ def test_concurrent_queries_get_their_own_vectors(client, model):
     np.testing.assert_allclose([replies[number] for number in range(40)], model.encode_queries(texts), atol=1e-6)
 
 
-def test_sigterm_ends_the_service(tmp_path):
-    """`serve` runs as a process on a given port, answers, and stops within seconds of SIGTERM."""
-    (tmp_path / "ragline.toml").write_text('[[models]]\nname = "first"\nsource = "hashing:64"\ndims = 64\nmax_tokens = 64\n')
+@contextlib.contextmanager
+def service_process(tmp_path, *, extra=""):
+    """A ready service as a process of its own, and its address."""
+    model = '[[models]]\nname = "first"\nsource = "hashing:64"\ndims = 64\nmax_tokens = 64\n'
+    (tmp_path / "ragline.toml").write_text(extra + model)
     script = (
         "import pathlib, socket, sys\nfrom rag_serving.embedder import serve\nfrom rag_serving.settings import load_settings\n"
         "with socket.socket() as free:\n    free.bind(('127.0.0.1', 0))\n    port = free.getsockname()[1]\n"
@@ -226,7 +240,7 @@ def test_sigterm_ends_the_service(tmp_path):
         try:
             assert child.stdout is not None
             url = f"http://127.0.0.1:{int(child.stdout.readline())}"
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 30
             while True:
                 try:
                     if httpx2.get(url + "/readyz", trust_env=False).status_code == 200:
@@ -236,8 +250,181 @@ def test_sigterm_ends_the_service(tmp_path):
                 assert child.poll() is None
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
-            child.send_signal(signal.SIGTERM)
-            assert child.wait(timeout=10) in {0, -signal.SIGTERM}
+            yield child, url
         finally:
             if child.poll() is None:
                 child.kill()
+
+
+def test_sigterm_ends_the_service(tmp_path):
+    """`serve` runs as a process on a given port, answers, and stops within seconds of SIGTERM."""
+    with service_process(tmp_path) as (child, _):
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(timeout=10) in {0, -signal.SIGTERM}
+
+
+@pytest.mark.parametrize("encoding_format", [None, "float", "base64"])
+def test_the_openai_client_works_unmodified(client, model, encoding_format):
+    """The official client gets the model's own vectors, with its default encoding and with each it can ask for, and a listing of models."""
+    given = {} if encoding_format is None else {"encoding_format": encoding_format}
+    texts = ["reset a password", "list the objects"]
+    with openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="unused", max_retries=0) as asking:
+        reply = asking.embeddings.create(model="first", input=texts, **given)
+        assert [card.id for card in asking.models.list()] == ["first", "second", "broken"]
+        with pytest.raises(openai.NotFoundError, match="not configured"):
+            asking.embeddings.create(model="nobody", input="x")
+        with pytest.raises(openai.BadRequestError):
+            asking.embeddings.create(model="first", input="")
+    rows = [row.embedding for row in reply.data]
+    if encoding_format == "base64":
+        rows = [np.frombuffer(base64.b64decode(row), "<f4") for row in rows]
+    np.testing.assert_allclose(rows, model.encode_documents(texts), atol=1e-6)
+    assert reply.usage.total_tokens == 6
+
+
+def test_metrics_count_what_happened():
+    """/metrics has each outcome, batch sizes, durations and queue depths, and no label that a client makes up."""
+    app = create_app(SETTINGS, preload=["first"])
+    with running(app, ready_path="/readyz") as url, httpx2.Client(base_url=url, trust_env=False) as client:
+        before = scraped(client)
+        ask(client, input=["a", "b", "c"])
+        ask(client, input_type="query")
+        ask(client, model="nobody made this up")
+        ask(client, model="broken")
+        after = scraped(client)
+    change = {name: value - before[name] for name, value in after.items() if value != before.get(name)}
+    assert change['rag_embedder_requests_total{outcome="ok"}'] == 2
+    assert change['rag_embedder_requests_total{outcome="client_error"}'] == 1
+    assert change['rag_embedder_requests_total{outcome="unavailable"}'] == 1
+    assert change['rag_embedder_batch_size_sum{input_type="query"}'] == 1
+    assert change["rag_embedder_request_duration_seconds_count"] == 4
+    assert after['rag_embedder_batch_size_sum{input_type="document"}'] == 3
+    assert after['rag_embedder_queue_depth{input_type="query"}'] == 0
+    assert not any("nobody" in name for name in after)
+
+
+def scraped(client) -> dict[str, float]:
+    reply = client.get("/metrics")
+    assert reply.headers["content-type"].startswith("text/plain")
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in reply.text.splitlines()) if name[:1] != "#"}
+
+
+@contextlib.contextmanager
+def held(**embedder):
+    """A service whose computing thread holds still until the event is set, with one query in its hands; and that query's reply."""
+    taken, gate = threading.Event(), threading.Event()
+    model = load_model(FIRST, Path())
+
+    def raw(texts):
+        taken.set()
+        assert gate.wait(60)
+        return model.raw(texts)
+
+    app = create_app(SETTINGS.model_copy(update={"embedder": Embedder(**embedder)}), preload=[])
+    with (
+        running(app) as url,
+        httpx2.Client(base_url=url, trust_env=False, timeout=60, limits=httpx2.Limits()) as client,
+        ThreadPoolExecutor(max_workers=16) as threads,
+    ):
+        app.state.shelf.loaded["first"] = dataclasses.replace(model, raw=raw)
+        try:
+            first = threads.submit(ask, client, input_type="query")
+            assert taken.wait(20)
+            yield partial(threads.submit, ask, client), gate, app.state.bench, first
+        finally:
+            gate.set()
+
+
+def until(condition) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_more_than_may_wait_is_refused_at_once():
+    """With the line full, a request gets 429 with Retry-After while the others still wait; they are answered, and so is the next one."""
+    with held(queue_texts=4) as (asking, gate, bench, first):
+        others = [asking(input_type="query", input=["a", "b"]) for _ in range(2)]
+        until(lambda: bench.waiting(query=True) == 4)
+        refused = asking(input_type="query").result()
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+        assert refused.json()["error"]["code"] == "overloaded"
+        assert not first.done()
+        gate.set()
+        assert [reply.result().status_code for reply in (first, *others)] == [200, 200, 200]
+        assert asking(input_type="query").result().status_code == 200
+
+
+def test_late_work_is_dropped_uncomputed():
+    """Work whose stated deadline passes while it waits is never computed: 504, and the room it took is free again."""
+    computed = []
+    with held(queue_texts=4) as (asking, gate, bench, first):
+        bench._computed = computed.append
+        dropped = asking(input=["x"] * 4, input_type="query", headers={DEADLINE_HEADER: "100"})
+        until(lambda: bench.waiting(query=True) == 4)
+        until(lambda: all(work.over for work in bench._lines[True]))
+        instead = asking(input=["y"] * 4, input_type="query")
+        assert (dropped.result().status_code, dropped.result().json()["error"]["code"]) == (504, "deadline_exceeded")
+        gate.set()
+        assert (first.result().status_code, instead.result().status_code) == (200, 200)
+    assert sorted(batch.texts for batch in computed) == [1, 4]
+
+
+def test_a_deadline_must_be_a_number(client):
+    """A deadline header that is none is a 400 that names it."""
+    for value in ("soon", "-5", "1e3", ""):
+        response = client.post("/v1/embeddings", json={"model": "first", "input": "x"}, headers={DEADLINE_HEADER: value})
+        assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_deadline")
+
+
+def test_requests_that_wait_are_computed_together():
+    """What waits when the thread gets free is one batch, up to the budget of tokens; a request over it is shared out over several."""
+    batches = []
+    with held(batch_tokens=64) as (asking, gate, bench, first):
+        bench._computed = batches.append
+        others = [asking(input=f"text {number}", input_type="query") for number in range(8)]
+        until(lambda: bench.waiting(query=True) == 8)
+        long = asking(input=["some words of a text"] * 20, input_type="query")
+        until(lambda: bench.waiting(query=True) == 28)
+        gate.set()
+        assert {reply.result().status_code for reply in (first, *others, long)} == {200}
+    assert len(long.result().json()["data"]) == 20
+    assert [batch.texts for batch in batches[:2]] == [1, 8 + 5]  # 8 texts of 3 tokens and 5 of 7 are 59 of 64
+    assert [batch.texts for batch in batches[2:]] == [9, 6]
+
+
+def test_one_bad_text_fails_alone(client):
+    """A query that gives no vector does not take those down that are computed with it."""
+    replies = {}
+
+    def one(number: int) -> None:
+        text = "\u200b" if number == 3 else f"question {number}"
+        replies[number] = ask(client, input=text, input_type="query", model="second").status_code
+
+    threads = [threading.Thread(target=one, args=(number,)) for number in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {number: status for number, status in replies.items() if status != 200}.keys() <= {3}
+
+
+def test_draining_fails_readiness_first(tmp_path):
+    """After SIGTERM the service says that it is not ready while it still takes and answers requests; then it ends."""
+    with service_process(tmp_path, extra="[embedder]\ndrain_seconds = 1.5\n") as (child, url):
+        child.send_signal(signal.SIGTERM)
+        until(lambda: httpx2.get(url + "/readyz", trust_env=False).status_code == 503)
+        assert httpx2.get(url + "/readyz", trust_env=False).json()["models"] == {"first": "ending"}
+        reply = httpx2.post(url + "/v1/embeddings", json={"model": "first", "input": "x"}, trust_env=False)
+        assert reply.status_code == 200
+        assert child.wait(timeout=15) in {0, -signal.SIGTERM}
+
+
+def test_a_second_signal_does_not_wait(tmp_path):
+    """A second SIGTERM ends a service that drains for a minute."""
+    with service_process(tmp_path, extra="[embedder]\ndrain_seconds = 60\n") as (child, url):
+        child.send_signal(signal.SIGTERM)
+        until(lambda: httpx2.get(url + "/readyz", trust_env=False).status_code == 503)
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(timeout=15) in {0, -signal.SIGTERM}

@@ -5,9 +5,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rag_serving.fusion import DENSE, LEXICAL, TITLE, align, effective_weights, fuse_ranks, fuse_scores
+from rag_serving.fusion import DENSE, LEXICAL, TITLE, Ranked, align, effective_weights, fuse_ranks, fuse_scores
 
 SIGNALS = (*DENSE, *LEXICAL)
+
+
+def ranked(scores):
+    """What a signal found, from a score by row."""
+    return Ranked(np.array([*scores], dtype=np.int64), np.array([*scores.values()], dtype=np.float64))
 
 
 def by_rank(signals, weights):
@@ -16,7 +21,7 @@ def by_rank(signals, weights):
     found = {
         name: {row: value for row, value in enumerate(values.tolist()) if name in DENSE or value > 0} for name, values in signals.items()
     }
-    return fuse_ranks(rows, found, weights)
+    return fuse_ranks(rows, {name: ranked(scores) for name, scores in found.items()}, weights)
 
 
 FUSIONS = pytest.mark.parametrize("fuse", [fuse_scores, by_rank])
@@ -115,7 +120,7 @@ hits = st.dictionaries(st.integers(0, 20), st.floats(0.0625, 1, width=32), max_s
 @given(found=st.fixed_dictionaries(dict.fromkeys(SIGNALS, hits)), depth=st.integers(8, 12))
 def test_alignment_keeps_every_hit(found, depth):
     """Rows are all hits of all signals, sorted; a hit keeps its score, and one that a signal missed never gets more than its weakest hit."""
-    rows, aligned = align(found, depth=depth)
+    rows, aligned = align({name: ranked(scores) for name, scores in found.items()}, depth=depth)
     assert rows.tolist() == sorted({row for scores in found.values() for row in scores})
     for name, scores in found.items():
         assert aligned[name].shape == rows.shape
@@ -129,6 +134,7 @@ def test_alignment_keeps_every_hit(found, depth):
 def test_alignment_of_an_exhausted_signal():
     """BM25 that found fewer than it was asked for has seen every match: the others score 0. One that was cut off gives them its floor."""
     found = {"dense_text": {1: 0.9, 2: 0.8}, "bm25_text": {1: 7.0, 3: 5.0}}
+    found = {name: ranked(scores) for name, scores in found.items()}
     rows, aligned = align(found, depth=3)
     assert (rows.tolist(), aligned["bm25_text"].tolist(), aligned["dense_text"].tolist()) == ([1, 2, 3], [7, 0, 5], [0.9, 0.8, 0.8])
     assert align(found, depth=2)[1]["bm25_text"].tolist() == [7, 5, 5]
@@ -144,5 +150,6 @@ def test_weights_of_titles_shrink_with_distinctness():
 
 def test_ranks_give_nothing_for_what_a_signal_did_not_find():
     """Reciprocal rank fusion of two lists by hand: 1 / (60 + rank) from each list that holds the row."""
-    fused = fuse_ranks(np.array([3, 5, 8]), {"dense_text": {5: 0.9, 3: 0.1}, "bm25_text": {8: 4.0}}, {"dense_text": 1.0, "bm25_text": 2.0})
+    found = {"dense_text": ranked({5: 0.9, 3: 0.1}), "bm25_text": ranked({8: 4.0})}
+    fused = fuse_ranks(np.array([3, 5, 8]), found, {"dense_text": 1.0, "bm25_text": 2.0})
     np.testing.assert_allclose(fused, [1 / 62, 1 / 61, 2 / 61])

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rag_serving import weights
+from rag_serving.embedding import weights
 from rag_serving.errors import ModelError
 from rag_serving.models import load_model, thread_count
 from rag_serving.settings import ModelSpec

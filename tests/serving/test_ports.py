@@ -7,8 +7,8 @@ import pytest
 from small_service import settings_for
 
 from rag_serving import app, embedder
+from rag_serving.edge.ports import port_is_free, require_port
 from rag_serving.errors import PlatformError
-from rag_serving.ports import port_is_free, require_port
 
 
 @pytest.mark.parametrize(

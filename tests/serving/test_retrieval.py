@@ -1,15 +1,20 @@
 """Retrieval in a snapshot: deterministic, total over odd queries, strict about vectors."""
 
 import asyncio
+from dataclasses import replace
 
+import lancedb
 import numpy as np
 import pytest
-from small_line import MODEL, build, chunk_table, passages, recipe_of
+from small_line import MODEL, build, chunk_table, passages, recipe_of, vectors_of
 
 from rag_assets.indexing import build_snapshot
-from rag_serving.errors import ModelMismatch, QueryError
+from rag_serving.errors import ModelMismatch, QueryError, SnapshotError
+from rag_serving.filters import condition, filterable, parse_filter
+from rag_serving.passages import Passages
 from rag_serving.retrieval import Retriever
-from rag_serving.settings import Retrieval, Weights
+from rag_serving.settings import Retrieval, Weights, Wording
+from rag_serving.snapshots import TABLE, hash_tree, seal, snapshot_key
 
 ODD = {
     "empty": "",
@@ -197,3 +202,218 @@ def test_deep_candidates_in_an_index(store):
     """Candidates times the refinement beyond the configured `ef` are searched all the same."""
     manifest, _ = build(store, passages(150), hnsw_from_rows=100, retrieval=Retrieval(candidates=1000))
     assert len(search((store, manifest), "topic3", k=150)[0]) == 150
+
+
+FILTERS = {"part": "text", "number": "number"}
+
+
+def reader_of(number: int) -> list[str]:
+    """Who may read the document: every 75th is for few, of the rest every 10th for some; then many for most, and the others for everyone."""
+    if number % 75 == 7:
+        return ["few"]
+    return ["some"] if number % 10 == 3 else ["most", "all but guests"] if number % 10 < 8 else []
+
+
+@pytest.fixture(scope="module")
+def closed(tmp_path_factory):
+    """A store with two snapshots of 600 documents with access lists and metadata: searched exactly, and by HNSW."""
+    from rag_serving.store import LocalStore
+
+    store = LocalStore(tmp_path_factory.mktemp("closed"))
+    texts = [f"passage {number} tells about topic{number % 7} and word{number % 40}" for number in range(600)]
+    metadata = {"part": lambda number: "rare" if number % 75 == 7 else "ab"[number % 2], "number": lambda number: number}
+    chunks = chunk_table(texts, acl=reader_of, metadata=lambda number: {key: of(number) for key, of in metadata.items()}, filters=FILTERS)
+    recipes = [recipe_of(chunks, hnsw_from_rows=rows) for rows in (10_000, 100)]
+    recipes = [replace(recipe, index=recipe.index.model_copy(update={"filters": FILTERS})) for recipe in recipes]
+    vectors = vectors_of(chunks)
+    return store, [asyncio.run(build_snapshot(store, recipe, chunks, *vectors, parent=None))[0] for recipe in recipes], vectors[0]
+
+
+@pytest.fixture(params=[0, 1], ids=["exact", "indexed"])
+def guarded(request, closed):
+    return closed[0], closed[1][request.param]
+
+
+def numbers(hits) -> list[int]:
+    return [int(hit.doc_id[1:]) for hit in hits]
+
+
+GROUPS = [frozenset(), frozenset({"few"}), frozenset({"some"}), frozenset({"few", "most"}), frozenset({"*", "=", "=few", "nobody"})]
+
+
+@pytest.mark.parametrize("groups", GROUPS, ids=lambda groups: "+".join(sorted(groups)) or "anonymous")
+def test_nobody_finds_what_they_may_not_read(guarded, groups):
+    """However many hits are asked for, by vectors and words, they are all the documents that are public or of the caller's groups, and no other."""
+    readable = [number for number in range(600) if not reader_of(number) or groups & {*reader_of(number)}]
+    by_both, by_words = search(guarded, "passage topic3", ("passage topic3", None), k=600, groups=groups)
+    assert sorted(numbers(by_both)) == sorted(numbers(by_words)) == readable
+    for hits in search(guarded, *(f"topic{number} word{3 * number}" for number in range(7)), k=10, groups=groups):
+        assert len(hits) == 10
+        assert {*numbers(hits)} <= {*readable}
+
+
+def test_without_groups_only_what_is_public(guarded):
+    """A caller of whom no groups are told finds public documents alone; only who asks for all may find all."""
+    assert all(not reader_of(number) for number in numbers(search(guarded, "passage", k=600)[0]))
+    assert len(search(guarded, "passage", k=600, groups=None)[0]) == 600
+
+
+DENSE = Retrieval(weights=Weights(dense_text=1, dense_title=0, bm25_text=0, bm25_title=0), wording=Wording(pool=0))
+
+
+@pytest.mark.parametrize("groups", [frozenset({"few"}), frozenset({"some"}), frozenset({"most"}), None], ids=str)
+def test_recall_among_readable_documents(guarded, closed, groups):
+    """Under an access list the nearest documents are those of exact search among the readable ones: the search itself is restricted."""
+    readable = np.array([number for number in range(600) if groups is None or not reader_of(number) or groups & {*reader_of(number)}])
+    shares = []
+    queries = [f"topic{number} word{5 * number}" for number in range(7)]
+    for query, hits in zip(queries, search(guarded, *queries, k=10, groups=groups, fusion=DENSE), strict=True):
+        cosines = closed[2][readable] @ vector_of(query)
+        nearest = np.sort(cosines)[-10]
+        shares.append(np.mean([hit.signals["dense_text"] >= nearest - 1e-5 for hit in hits]))
+        assert len(hits) == 10
+    assert np.mean(shares) >= 0.95
+
+
+def test_a_rare_group_is_found_in_full(guarded):
+    """Of 8 documents of 600 that a filter and a group leave over, all 8 are found, and nothing pads them; others find none."""
+    (hits,) = search(guarded, "topic3", k=50, groups=frozenset({"few"}), where=parse_filter({"part": {"eq": "rare"}}))
+    assert sorted(numbers(hits)) == [number for number in range(600) if number % 75 == 7]
+    assert search(guarded, "topic3", k=50, groups=frozenset({"most"}), where=parse_filter({"part": {"eq": "rare"}})) == [[]]
+
+
+@pytest.mark.parametrize("signal", ["dense_text", "dense_title", "bm25_text", "bm25_title"])
+def test_restrictions_come_before_the_search(closed, signal):
+    """The plan of every signal has filter and access list as index queries below the search, and filters nothing of what was found."""
+
+    async def run():
+        retriever = await Retriever.open(closed[0], closed[1][1].snapshot_id)
+        try:
+            said = condition(parse_filter({"part": {"eq": "a"}}), filterable(FILTERS), readable_by=frozenset({"few"}))
+            return await retriever._query(signal, "topic3", vector_of("topic3"), depth=10, allowed=said).explain_plan(verbose=True)
+        finally:
+            retriever.close()
+
+    above, search_step, below = asyncio.run(run()).partition("MatchQuery" if signal.startswith("bm25") else "ANNSubIndex")
+    assert search_step
+    assert "array_has_any" not in above
+    assert "meta_part" not in above
+    (scalar,) = [line for line in below.splitlines() if "ScalarIndexQuery" in line]
+    assert "acl_idx(LabelList)" in scalar
+    assert "meta_part_idx(BTree)" in scalar
+
+
+def test_filters_restrict_what_is_found(guarded):
+    """Metadata, ids and uris restrict the hits, alone and together, by words alone as well."""
+    asked = {"part": {"eq": "a"}, "number": {"range": {"gte": 100, "lt": 200}}}
+    for vector in (vector_of("topic3"), None):
+        (hits,) = search(guarded, ("topic3 passage", vector), k=600, where=parse_filter(asked), groups=None)
+        assert sorted(numbers(hits)) == list(range(100, 200, 2))
+    (hits,) = search(guarded, "topic3", k=600, where=parse_filter({"doc_id": {"prefix": "d59"}}), groups=None)
+    assert sorted(numbers(hits)) == [59, *range(590, 600)]
+    assert search(guarded, "topic3", where=parse_filter({"part": {"eq": "no such"}}), groups=None) == [[]]
+
+
+def test_a_field_that_the_index_does_not_declare(snapshot):
+    """A filter on metadata that this snapshot does not have is refused by a code of its own."""
+    with pytest.raises(QueryError, match="there is no such field; there are doc_id, uri") as raised:
+        search(snapshot, "topic3", where=parse_filter({"part": {"eq": "a"}}))
+    assert raised.value.code == "invalid_filter"
+
+
+def test_a_snapshot_from_before_access_lists(line):
+    """A snapshot of an earlier format, without the columns, is searched as before; everyone may read it, and filters on ids hold."""
+    store, manifests = line
+    manifest, folder = manifests[3], store.folder(snapshot_key(manifests[3].snapshot_id))
+
+    async def strip():
+        table = await (await lancedb.connect_async(folder)).open_table(TABLE)
+        for index in ("acl_idx", "doc_id_idx", "uri_idx"):
+            await table.drop_index(index)
+        await table.drop_columns(["acl"])
+        table.close()
+
+    before = search((store, manifest), "topic3", "word12 and topic5", k=150)
+    asyncio.run(strip())
+    old = replace(manifest, format=2, index={key: value for key, value in manifest.index.items() if key != "filters"}, files={})
+    old = replace(old, files=hash_tree(folder))
+    seal(folder, old)
+    folder.rename(folder.with_name(old.snapshot_id))
+    queries = ["topic3", "word12 and topic5"]
+    assert search((store, old), *queries, k=150) == before
+    (only,) = search((store, old), "topic3", k=150, where=parse_filter({"doc_id": {"in": ["d3", "d4"]}}))
+    assert sorted(numbers(only)) == [3, 4]
+
+
+LOST = {"text_index": ("metadata.lance", ["bm25_text", "bm25_title"]), "vector_index": ("auxiliary.idx", ["dense_text", "dense_title"])}
+
+
+def break_indexes(store, manifest, *names):
+    """Take away the files of an index while a snapshot is open, as a failing disk would."""
+    for name in names:
+        for path in store.folder(snapshot_key(manifest.snapshot_id)).glob(f"**/_indices/*/{name}"):
+            for file in path.parent.iterdir():
+                file.unlink()
+
+
+def degraded_search(store, manifest, *broken, told=True, k=5):
+    """Hits and what was told, of a search in a snapshot whose indexes vanish once it is open."""
+
+    async def run():
+        retriever, lost = await Retriever.open(store, manifest.snapshot_id), []
+        try:
+            break_indexes(store, manifest, *broken)
+            hits = await retriever.retrieve("topic3 word12", vector_of("topic3 word12"), k=k, degrade=lost.append if told else None)
+            return hits, lost
+        finally:
+            retriever.close()
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("part", LOST)
+def test_one_kind_of_signal_is_enough(line, part):
+    """When full text cannot be searched vectors answer, and the other way round; what is missing is told and counts nothing."""
+    store, manifests = line
+    file, signals = LOST[part]
+    hits, lost = degraded_search(store, manifests[3], file)
+    assert lost == [part]
+    assert len(hits) == 5
+    assert all(not {*signals} & {*hit.signals} for hit in hits)
+
+
+def test_what_is_left_ranks_as_it_would_alone(line):
+    """Without full text the hits are those of the vectors alone, with the same wording evidence."""
+    store, manifests = line
+    weights = manifests[3].fusion().weights.model_copy(update={"bm25_text": 0.0, "bm25_title": 0.0})
+    alone = search((store, manifests[3]), "topic3 word12", fusion=Retrieval(weights=weights))[0]
+    assert degraded_search(store, manifests[3], "metadata.lance")[0] == alone
+
+
+@pytest.mark.parametrize(("broken", "told"), [(["metadata.lance"], False), (["metadata.lance", "auxiliary.idx"], True)], ids=str)
+def test_a_search_without_any_index_is_an_error(line, broken, told):
+    """With nothing left to search, or nobody to tell, a damaged snapshot is an error: an evaluation never measures half a search."""
+    store, manifests = line
+    with pytest.raises(SnapshotError, match=f"{manifests[3].snapshot_id} cannot be searched"):
+        degraded_search(store, manifests[3], *broken, told=told)
+
+
+@pytest.mark.parametrize("room", [0, 5_000, 10_000_000], ids=["no passages kept", "a few kept", "all kept"])
+def test_passages_kept_in_memory_change_nothing(snapshot, room):
+    """However many passages are kept, hits are the same, the first time and again; what is kept never outgrows its room."""
+    queries = ["topic3 word12", "passage 7", "topic3 word12", "word1"]
+    wanted = search(snapshot, *queries, k=20)
+
+    async def run():
+        retriever = await Retriever.open(snapshot[0], snapshot[1].snapshot_id)
+        retriever._passages = Passages(retriever._table, most_bytes=room)
+        try:
+            found = [await retriever.retrieve(query, vector_of(query), k=20) for query in queries]
+            return found, retriever._passages.size, len(retriever._passages)
+        finally:
+            retriever.close()
+
+    found, size, kept = asyncio.run(run())
+    assert found == wanted
+    assert size <= room
+    assert (kept > 0) == (room > 0)

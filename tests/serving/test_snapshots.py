@@ -184,15 +184,17 @@ def test_foreign_folders_are_not_snapshots(line):
 
 
 def test_snapshots_of_the_first_format_are_read(snapshot):
-    """A manifest from before increments, without `built` and `delta`, verifies under the id it always had, and counts as a full build."""
+    """A manifest from before increments and access lists verifies under the id it always had, counts as a full build, and is public."""
     store, manifest, folder = snapshot
-    fields = {name: value for name, value in json.loads(manifest.encode()).items() if name not in ("built", "delta")}
+    fields = {
+        name: value for name, value in json.loads(manifest.encode()).items() if name not in ("built", "delta", "restricted", "rerank")
+    }
     data = json.dumps({**fields, "format": 1}, sort_keys=True, indent=2).encode()
     snapshot_id = f"hashing-64-{hashlib.sha256(data).hexdigest()[:12]}"
     (folder / MANIFEST).write_bytes(data)
     folder.rename(folder.with_name(snapshot_id))
     old = verify(store, snapshot_id)
-    assert (old.snapshot_id, old.encode(), old.built, old.delta) == (snapshot_id, data, "full", {})
+    assert (old.snapshot_id, old.encode(), old.built, old.delta, old.restricted) == (snapshot_id, data, "full", {}, 0)
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["links", "copies"])

