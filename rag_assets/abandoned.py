@@ -25,7 +25,7 @@ def end_abandoned_runs(instance: dg.DagsterInstance) -> list[str]:
     A run without the tag, or of another host, is not ours to judge and stays as it is.
     """
     ended = []
-    unfinished = dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.STARTING])
+    unfinished = dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.CANCELING])
     for run in instance.get_runs(unfinished):
         if _is_gone(run.tags.get(PROCESS_TAG, "")):
             instance.report_run_failed(run, "Its process was ended from outside.")

@@ -26,7 +26,7 @@ from rag_serving.seals import SealBroken, sealed, unsealed
 from rag_serving.snapshots import Manifest
 from rag_serving.store import Store
 
-MEASURE_CODE = "measure-2"  # counts up when the same hits would give other rows or metrics; evaluations are bound to it
+MEASURE_CODE = "measure-3"  # counts up when the same hits would give other rows or metrics; evaluations are bound to it
 
 _ROWS = pa.schema(
     [

@@ -10,7 +10,7 @@ from evals.significance import EvidenceError
 from rag_assets.evaluation import Evaluation, query_slices, reciprocal_ranks
 from rag_assets.replay import canary_gate
 from rag_assets.trial import trial_of
-from rag_serving.errors import PromotionRefused
+from rag_serving.errors import PromotionRefused, SnapshotError
 from rag_serving.promotion import override_of, promote
 from rag_serving.releases import Entry, Ledger, Release
 from rag_serving.settings import Canary, Gate
@@ -197,20 +197,21 @@ class Round:
         on an override is judged against the release before it, so that its own verdicts can take the override's place.
 
         Returns the ledger entry of the promotion, None when nothing was worth one. When a promotion was refused at the last moment (a hold, a
-        shrunk corpus, a damaged snapshot) and nothing else was promoted, raises PromotionRefused after everything has its verdict.
+        shrunk corpus, a damaged snapshot) and nothing else was promoted, raises that PromotionRefused or SnapshotError after everything has its
+        verdict.
         """
         entry: Entry | None = None
-        refusal: PromotionRefused | None = None
+        refusal: PromotionRefused | SnapshotError | None = None
         for candidate in self._candidates():
             champion = self._champion()
             verdict = judge(self.store, candidate, champion, gate=self.gate)
             if entry or not self._contends(candidate, verdict, champion):
                 continue
-            if any(given(candidate).outcome != "PASS" for given in (self.warm_up, self._canary)):
-                continue
             try:
+                if any(given(candidate).outcome != "PASS" for given in (self.warm_up, self._canary)):
+                    continue
                 entry = promote(self.store, candidate.snapshot_id, gate=self.gate, actor=actor, reason=verdict.summary)
-            except PromotionRefused as error:
+            except (PromotionRefused, SnapshotError) as error:
                 refusal = refusal or error
         self._cover_override()
         if refusal and entry is None:

@@ -150,11 +150,11 @@ async def diversity(store: Store, snapshot_id: str, served: Served, *, k: int, r
 
     `distinct_documents_at_<k>`, `hubness_at_<k>`, and `intra_list_similarity_at_<k>` over up to 200 queries (absent without two passages).
     """
-    lists = served.passage_ids()
+    lists = dict(sorted(served.passage_ids().items()))  # queries come back in no order of their own
     sample = [lists[query_id] for query_id in list(lists)[:: max(1, len(lists) // _SAMPLE)][:_SAMPLE]]
     similarity = intra_list_similarity(sample, await _vectors(store, snapshot_id, {chunk_id for found in sample for chunk_id in found}))
     return {
-        f"distinct_documents_at_{k}": distinct_documents([doc_id for _, doc_id in found] for found in served.passages.values()),
+        f"distinct_documents_at_{k}": distinct_documents([doc_id for _, doc_id in found] for _, found in sorted(served.passages.items())),
         f"hubness_at_{k}": hubness(lists.values(), passages=rows),
         **({} if similarity is None else {f"intra_list_similarity_at_{k}": similarity}),
     }

@@ -130,13 +130,14 @@ class Traffic:
     async def answered(self, work: Work[T], exchange: Exchange) -> T:
         """The result of the work on the arm that the caller belongs to; raises what the champion raises."""
         canary = self._live.canary
+        failure: Exception | None = None
         if canary is not None and self._splits(canary, exchange):
             before = _collected(exchange)
             try:
                 with canary.snapshot.in_use():
                     result, _ = await self._on(canary, work, exchange, arm="canary", seconds=exchange.deadline.remaining / 2)
             except Exception as error:  # noqa: BLE001 - of whatever kind, the champion is asked instead
-                self._fell_back(canary, error)
+                failure = error
                 _restore(exchange, before)
             else:
                 self._failures.clear()
@@ -146,6 +147,8 @@ class Traffic:
         except Exception:
             self._shadow(work, exchange, None)  # the canary may fail as often as the champion does, so it is seen there too
             raise
+        if canary is not None and failure is not None:  # what the champion cannot answer either is not the canary's fault
+            self._fell_back(canary, failure)
         self._shadow(work, exchange, account)
         return result
 

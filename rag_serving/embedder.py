@@ -35,7 +35,7 @@ from rag_serving.embedding.ranking_service import add_ranking
 from rag_serving.embedding.shelf import Shelf
 from rag_serving.embedding.traced import Traced
 from rag_serving.errors import DeadlineExceeded, RaglineError
-from rag_serving.models import EmbeddingModel
+from rag_serving.models import EmbeddingModel, UnusableText
 from rag_serving.settings import Settings
 from rag_serving.signals import contract, logs
 
@@ -127,6 +127,8 @@ async def _embedded(request: Request) -> Response:
     try:
         tokens = await _tokens(model, texts)  # while the thread computes
         vectors = await work
+    except UnusableText:  # its message has the text, which callers would log
+        raise Refusal(422, "The model makes no usable vector of a text.", code="unusable_text", param="input") from None
     finally:
         work.cancel()
     return Response(reply_body(body, vectors, tokens=tokens, fingerprint=model.fingerprint), media_type="application/json")

@@ -45,6 +45,10 @@ PARITY_TEXTS = (
 )
 
 
+class UnusableText(ModelError):
+    """The model works, and makes nothing of this text."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingModel:
     """A loaded model. Vectors are float32 of unit length, (n, dims), in input order.
@@ -110,7 +114,8 @@ class EmbeddingModel:
         norms = np.linalg.norm(rows, axis=1, keepdims=True)
         unusable = np.flatnonzero(~np.isfinite(norms[:, 0]) | (norms[:, 0] < 1e-12))
         if unusable.size:
-            raise ModelError(
+            kind = UnusableText if np.isfinite(norms).all() else ModelError
+            raise kind(
                 f"{self.spec.name} gives no usable vector for text {unusable[0]}: {texts[unusable[0]][:60]!r}.",
                 fix="Leave out empty texts; if the text is not empty, the weights are damaged.",
             )

@@ -1,5 +1,6 @@
 """A request's phases, in order, on one snapshot: encode, retrieve, rerank, assemble, generate. Admission has made the question by then."""
 
+import asyncio
 import logging
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,7 +10,7 @@ from rag_serving.admission import Question
 from rag_serving.canary import Traffic, Work, account_of
 from rag_serving.context import assemble, count_tokens
 from rag_serving.encoding import Encoder
-from rag_serving.errors import EncoderError, ModelMismatch
+from rag_serving.errors import DeadlineExceeded, EncoderError, ModelMismatch
 from rag_serving.exchange import Exchange
 from rag_serving.generation import Writer
 from rag_serving.guards import SPARE, guard_hits, guard_query, spread
@@ -112,14 +113,18 @@ async def _found(service: Service, question: Question, serving: Serving, exchang
     with exchange.phase("encode"):
         vector = await _encoded(serving.snapshot.encoder, question.query, exchange)
     with exchange.phase("retrieve"):
-        hits = await retriever.retrieve(
-            question.query,
-            vector,
-            k=max(top_k * spare, reranker.pool if reranker else 0),
-            where=question.filter,
-            groups=exchange.caller.groups,
-            degrade=exchange.degrade,
-        )
+        try:
+            async with asyncio.timeout(exchange.deadline.remaining):
+                hits = await retriever.retrieve(
+                    question.query,
+                    vector,
+                    k=max(top_k * spare, reranker.pool if reranker else 0),
+                    where=question.filter,
+                    groups=exchange.caller.groups,
+                    degrade=exchange.degrade,
+                )
+        except TimeoutError:
+            raise DeadlineExceeded("the time for this request ended in retrieve.", fix="Allow more time, or ask again.") from None
         telemetry.retrieved(
             snapshot_id=serving.snapshot_id,
             generation=serving.number,

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rag_serving import telemetry
 from rag_serving.edge.origins import Origins
-from rag_serving.edge.problems import problem
+from rag_serving.edge.problems import for_openai, problem
 from rag_serving.errors import AccessError
 
 MOST_HEADER_BYTES = 16 << 10
@@ -44,7 +44,7 @@ class Frame:
             await self._exchange(scope, receive, send, headers, request)
 
     async def _exchange(self, scope: Scope, receive: Receive, send: Send, headers: Headers, seen: telemetry.Request) -> None:
-        trace_id = seen.trace_id
+        trace_id, openai = seen.trace_id, for_openai(scope["path"])
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["trace_id"] = trace_id
@@ -65,13 +65,13 @@ class Frame:
 
         if sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADER_BYTES:
             text = f"The headers are longer than {MOST_HEADER_BYTES} bytes together."
-            await problem("headers_too_long", text, "Send fewer or shorter headers.", trace_id)(scope, receive, framed)
+            await problem("headers_too_long", text, "Send fewer or shorter headers.", trace_id, openai=openai)(scope, receive, framed)
             return
         try:
             self._origins.check(scope["method"], headers)
             await self._app(scope, receive, framed)
         except AccessError as error:
-            await problem(error.code, error.what, error.fix, trace_id)(scope, receive, framed)
+            await problem(error.code, error.what, error.fix, trace_id, openai=openai)(scope, receive, framed)
         except ClientDisconnect:
             seen.gone = True
             log.info("request %s, trace %s: the client left", request_id, trace_id)
@@ -80,4 +80,6 @@ class Frame:
             if begun:
                 raise
             text = "The request could not be finished; the service's log has the details under the trace id."
-            await problem("internal", text, "Try again; report it with the trace id if it stays.", trace_id)(scope, receive, framed)
+            await problem("internal", text, "Try again; report it with the trace id if it stays.", trace_id, openai=openai)(
+                scope, receive, framed
+            )

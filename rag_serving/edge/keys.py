@@ -221,7 +221,12 @@ def _told(moment: datetime) -> str:
 
 def _key(store: Store, name: str) -> Key:
     fields = _record(store, f"{KEYS}/{name}")
-    return Key(**{**fields, "groups": tuple(fields["groups"]), "scopes": tuple(fields["scopes"])})
+    try:
+        key = Key(**{**fields, "groups": tuple(fields["groups"]), "scopes": tuple(fields["scopes"])})
+        key.expired(datetime.now(UTC))
+    except (TypeError, ValueError, KeyError):
+        raise StoreError(f"{KEYS}/{name} is no record of a key.", fix="Restore it from a backup, or revoke that key.") from None
+    return key
 
 
 def _record(store: Store, key: str) -> dict[str, Any]:

@@ -66,6 +66,11 @@ def problem(code: str, detail: str, fix: str, trace_id: str, *, retry_after: flo
     return JSONResponse(body, status_code=status, headers=headers, media_type="application/problem+json")
 
 
+def for_openai(path: str) -> bool:
+    """Whether clients of OpenAI's API ask at this address."""
+    return path.startswith("/v1/chat/")
+
+
 def openai_error(body: dict[str, Any]) -> dict[str, Any]:
     """What OpenAI's API would say for the problem with this body."""
     kind = "server_error" if body["status"] >= 500 else "invalid_request_error"
@@ -78,21 +83,23 @@ def add_problems(app: FastAPI) -> None:
         if error.code not in PROBLEMS:
             raise error
         wait = error.retry_after if isinstance(error, LimitExceeded) else 1
-        openai = request.url.path.startswith("/v1/chat/")
+        openai = for_openai(request.url.path)
         return problem(error.code, error.what, error.fix, request.state.trace_id, retry_after=wait, openai=openai)
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
         code = _CODE_OF_STATUS[error.status_code]
         fix = {"body_too_long": "Shorten the question.", "body_too_slow": "Send the body at once."}.get(code, "See /openapi.json.")
-        reply = problem(code, str(error.detail), fix, request.state.trace_id)
+        reply = problem(code, str(error.detail), fix, request.state.trace_id, openai=for_openai(request.url.path))
         reply.headers.update(error.headers or {})
         return reply
 
 
 def refusal(status: int, message: str) -> ASGIApp:
     async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
-        await problem(_CODE_OF_STATUS[status], message, "Shorten the question.", scope["state"]["trace_id"])(scope, receive, send)
+        openai = for_openai(scope["path"])
+        reply = problem(_CODE_OF_STATUS[status], message, "Shorten the question.", scope["state"]["trace_id"], openai=openai)
+        await reply(scope, receive, send)
 
     return refuse
 

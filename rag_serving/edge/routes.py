@@ -132,9 +132,9 @@ async def feedback(
 
     async def queue() -> FeedbackReply:
         said = given.model_dump(exclude={"query", "trace_id"})
-        telemetry.judged(given.verdict)
-        service.traffic.said(given.verdict, snapshot_id=given.snapshot_id, trace_id=given.trace_id or trace_id)
         queued = await asyncio.to_thread(propose, request.app.state.store, given.query, "feedback", **said)
+        telemetry.judged(given.verdict)  # only now: work that failed may be sent again, and is one thumb
+        service.traffic.said(given.verdict, snapshot_id=given.snapshot_id, trace_id=given.trace_id or trace_id)
         return FeedbackReply(queued=queued, trace_id=trace_id)
 
     key = request.headers.get(idempotency.HEADER)

@@ -226,7 +226,7 @@ class RemoteEncoder:
                     data += piece
                     if len(data) > most:
                         raise EncoderError(f"{self._origin} gave more than {most} bytes.", fix="Check what runs at that address.")
-        except httpx2.TransportError as error:
+        except httpx2.RequestError as error:
             raise _TryAgain(f"{self._origin} cannot be reached: {type(error).__name__} {error}.", pause=_PAUSE) from error
         return self._read(response, bytes(data), count=len(queries))
 

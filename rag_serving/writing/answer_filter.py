@@ -24,6 +24,7 @@ LINK_REMOVED = "(link removed)"
 MOST_HELD = 4096  # characters that wait for the end of what they begin
 
 _END = "[^\\s<>\"'`)\\]}|]"  # what an address goes on with
+_COLON = r"(?:\\?:|&(?:colon|#0{0,5}58|#x0{0,4}3a);)"  # as links in Markdown may have it
 _LABEL, _TARGET = r"\[[^\[\]]{0,500}\]", r"\([^)\[]{0,2000}\)"  # no nesting, so that no text takes long to read
 _HTML = (
     "a|abbr|applet|area|audio|b|base|bdo|big|blink|body|br|button|canvas|center|code|col|dd|details|dialog|div|dl|dt|em|embed|fieldset|font|"
@@ -34,7 +35,7 @@ _HTML = (
 _MARKED = re.compile(
     rf"(?P<image>!{_LABEL}(?:{_TARGET}|{_LABEL})?|!(?=\[))"
     rf"|(?P<link>{_LABEL}{_TARGET})"
-    rf"|(?P<address>(?:https?|ftps?|wss?|file):{_END}+|\b(?:javascript|vbscript|blob|mailto):{_END}+|\bdata:[\w.+-]+/[\w.+-]+[;,]{_END}*"
+    rf"|(?P<address>(?:https?|ftps?|wss?|file){_COLON}{_END}+|\b(?:javascript|vbscript|blob|mailto){_COLON}{_END}+|\bdata:[\w.+-]+/[\w.+-]+[;,]{_END}*"
     rf"|(?<![\w:\\/])[\\/]{{2}}[\w-]+\.{_END}+|\bwww\.{_END}+"
     rf"|(?<![\w@/.-])(?:[a-z0-9-]{{1,63}}\.){{1,10}}[a-z]{{2,24}}(?::\d{{1,5}})?(?:/[^\s<>\"'`)\]}}|?]*)?\?[^\s<>\"'`)\]}}|=]*={_END}*)"
     rf"|(?P<markup><(?=(?P<ahead>[!?]|/?(?:{_HTML})\b|/?[a-z](?:[^\s<>/:]|:(?!//))*[\s/])))",
@@ -53,6 +54,7 @@ _UNSEEN_BEGUN = re.compile(
     rf"\x1b(?:\[[0-?]{{0,64}}[ -/]{{0,8}}|\][^\x07\x1b]{{0,512}}\x1b?)?\Z|\x9b[0-?]{{0,64}}[ -/]{{0,8}}\Z|{JOINER_LAST}"
 )
 _CITED = re.compile(r"!(?:\[\d+\])+")
+_MAY_PRECEDE = re.compile(r"(?:^|[\s(\[\"'*_])\Z")  # what the text of a removed link may stand right after
 _DESTINATION = re.compile(r"\s*<?([^\s<>]*)>?(?:\s+(?:\"[^\"]*\"|'[^']*'))?\s*")
 
 
@@ -148,8 +150,14 @@ class AnswerFilter:
             begun = None if last else _BEGUN.search(text, at)
             if found and (last or max(found.end(), found.end("ahead")) < len(text)) and (begun is None or found.start() < begun.start()):
                 shown, end = self._judged(found)
-                out += [text[at : found.start()], shown]
-                at = end
+                out.append(text[at : found.start()])
+                if found["link"] and "](" not in shown and "] (" not in shown:  # its label is read again, with what now follows
+                    before = text[: found.start()]
+                    out.append("" if _MAY_PRECEDE.search(before) else " ")
+                    text, at = self._text.become(before, shown + text[end:])
+                else:
+                    out.append(shown)
+                    at = end
                 continue
             end = len(text) if last else min([_last_word(text, at), *(each.start() for each in (begun, found) if each)])
             out.append(text[at:end])
@@ -179,8 +187,9 @@ class AnswerFilter:
             return f"[{self._inner(label)}] ({self._inner(target)})"
         if self._vouched.knows(destination[1]):
             return f"[{self._inner(label)}]({destination[1]})"
-        text = self._inner(label)
-        return self._ruled("link", self._rules.answer_links, whole, f"[{text}]" if text.isdecimal() else text.replace("[", ""))
+        if self._rules.answer_links != "strip":
+            return self._ruled("link", self._rules.answer_links, f"[{self._inner(label)}]({target})", "")
+        return self._ruled("link", "strip", whole, f"[{label}]" if label.isdecimal() else label)
 
     def _inner(self, text: str) -> str:
         """The same rules on a text within a link; it is shorter, so this ends."""
@@ -222,6 +231,11 @@ class _Waiting:
     def add(self, piece: str) -> tuple[str, int]:
         """The text with its context, and where what waits begins."""
         self._text += piece
+        return self._text, self._at
+
+    def become(self, before: str, after: str) -> tuple[str, int]:
+        """The same after what waits has changed: `before` is dealt with, `after` waits."""
+        self._text, self._at = before + after, len(before)
         return self._text, self._at
 
     def done(self, at: int) -> None:

@@ -28,6 +28,7 @@ _END = re.compile(
     rf"[.!?…][\"')”’]*(?:\s*{_MARKER})*(?=\s+[^\sa-z\[])|[。！？](?:\s*{_MARKER})*(?=[^\s\[])|(?<=\S)(?=[ \t]*\n\s*[^\s\[])"  # noqa: RUF001
 )
 _CODE_OR_MARKER = re.compile(rf"`[^`]*`|\s*({_MARKER})")
+_ENDING = re.compile(r"[.,;:!?…\"')\]”’]*(?:\s|\Z)")  # noqa: RUF001
 _NUMBER = re.compile(r"\d+(?:\.\d+)*")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}\b)")
 _LEAD = re.compile(r"\s*(?:[-*+•]|\d{1,2}[.)])\s+")
@@ -168,7 +169,9 @@ def _marked(match: re.Match[str], kept: set[int]) -> str:
     if not match[1]:
         return match[0]
     numbers = [number for number in _cited(match[1]) if number in kept]
-    return f" {''.join(f'[{number}]' for number in numbers)}" if numbers else ""
+    if numbers:
+        return f" {''.join(f'[{number}]' for number in numbers)}"
+    return "" if _ENDING.match(match.string, match.end()) else " "  # else what stood apart for the filter could become an address
 
 
 def _spelled(number: str) -> str | None:

@@ -144,10 +144,10 @@ class LanguageModel:
             try:
                 return _Chunks(await self._client.chat.completions.create(**body, extra_headers=outgoing_headers()))
             except openai.BadRequestError as error:
-                if error.param not in self._parameters:
+                if error.param not in body or error.param in {"model", "messages", "stream"}:
                     raise
-                refused = self._parameters.pop(error.param)
-                if error.param == "max_tokens":
+                refused = self._parameters.pop(error.param, None)  # another request may have done so meanwhile
+                if error.param == "max_tokens" and refused is not None:
                     self._parameters["max_completion_tokens"] = refused
 
     @contextmanager
@@ -174,7 +174,7 @@ class LanguageModel:
             return self._error(f"answered with status {status}", "refused", fix="Check RAGLINE_LLM_URL, _MODEL and _KEY.")
         found = self._error(f"answered with status {status}", "overloaded" if status in {429, 503} else "unavailable")
         wait = headers.get("retry-after", "0")
-        return _Passing(found, wait=float(wait) if wait.replace(".", "", 1).isdigit() else 3600.0)
+        return _Passing(found, wait=float(wait) if wait.replace(".", "", 1).isdecimal() else 3600.0)
 
     def _error(self, what: str, reason: str, *, fix: str = "Check the language model's endpoint, RAGLINE_LLM_URL.") -> LanguageModelError:
         return LanguageModelError(f"the language model {self.model!r} {what}.", fix=fix, reason=reason)
@@ -239,6 +239,7 @@ class _Capped(httpx2.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         response = await self._inner.handle_async_request(request)
         if response.headers.get("content-encoding", "identity") != "identity":
+            await response.aclose()
             raise LanguageModelError("the language model's reply is compressed.", reason="malformed", fix="Have it send plain bytes.")
         assert isinstance(response.stream, httpx2.AsyncByteStream)  # noqa: S101 - what an async transport gives
         response.stream = _CappedStream(response.stream, self._most)

@@ -15,7 +15,7 @@ from rag_assets.evaluation import evaluate
 from rag_assets.gating import Round, judge, judge_canary, keep_verdict, standings
 from rag_assets.warmup import WarmUp, warm_up, warm_up_gate
 from rag_serving.encoding import LocalEncoder
-from rag_serving.errors import PromotionRefused
+from rag_serving.errors import PromotionRefused, SnapshotError
 from rag_serving.promotion import hold, override_of, promote, rollback
 from rag_serving.releases import Ledger
 from rag_serving.settings import Gate, Retrieval, Weights
@@ -265,6 +265,17 @@ def test_the_next_best_gets_its_chance(gated):
     assert [verdict.outcome for verdict in round_.warm_ups().values()] == ["FAIL", "PASS"]
     assert round_.canaries().keys() == {second.snapshot_id}
     assert round_.promote_best(actor="tester").snapshot_id == live(store) == second.snapshot_id
+
+
+def test_a_damaged_candidate_does_not_end_the_round(gated):
+    """When the files of the best are damaged, the next best is judged and promoted; alone, the damage is said."""
+    store, strong, weak, _ = gated
+    lenient = GATE.model_copy(update={"mrr_floor": 0.0, "ann_recall_floor": 0.0, "margin": 0.9})
+    second = replace(weak, bm25=dict.fromkeys(weak.bm25, 0.0))
+    (store.root / "snapshots" / strong.snapshot_id / "stray").write_text("x")
+    with pytest.raises(SnapshotError, match="stray"):
+        open_round(store, strong, gate=lenient).promote_best(actor="tester")
+    assert open_round(store, strong, second, gate=lenient).promote_best(actor="tester").snapshot_id == live(store) == second.snapshot_id
 
 
 def test_the_canary_compares_with_what_is_live(gated):

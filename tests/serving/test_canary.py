@@ -13,6 +13,7 @@ from test_observations import rows_of, until_true
 from rag_serving.canary import MOST_FAILURES, Account, Traffic, Work, account_of, conversation_of, in_share, overlap, split_key
 from rag_serving.deadline import Deadline
 from rag_serving.edge.caller import Caller
+from rag_serving.errors import QueryError
 from rag_serving.exchange import Exchange
 from rag_serving.live import Live
 from rag_serving.observations import ObservationLog
@@ -237,6 +238,23 @@ def test_a_failing_canary_falls_back_and_is_only_shadowed_then(two, tmp_path, ca
     assert {row["trace_id"] for row in failed} < champions
     assert any(row["arm"] == "shadow" for row in rows)
     assert "only shadowed" in caplog.text
+
+
+def test_a_question_that_nobody_can_answer_is_not_the_canarys_fault(two, tmp_path):
+    """Requests that the champion refuses as well, such as those with a wrong filter, end no split, however many there are."""
+    store, _, second = two
+
+    async def refuse(serving, exchange):
+        raise QueryError("the filter is wrong.", code="invalid_filter")
+
+    async def check(traffic, live) -> None:
+        for number in range(MOST_FAILURES + 1):
+            with pytest.raises(QueryError):
+                await traffic.answered(work_of(refuse), exchange_of(number))
+        assert traffic.counts["fell_back"] == 0
+        assert await traffic.answered(work_of(say_snapshot), exchange_of(50)) == second.snapshot_id
+
+    traffic_test(store, tmp_path, SPLIT, check)
 
 
 def test_a_hanging_canary_leaves_the_champion_time(two, tmp_path):

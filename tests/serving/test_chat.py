@@ -165,3 +165,19 @@ def test_a_broken_stream_raises_in_the_client(service, openai_client, monkeypatc
     with pytest.raises(openai.APIError, match="log has the details") as caught:
         list(stream)
     assert "secret" not in json.dumps(caught.value.body)
+
+
+@pytest.mark.parametrize(
+    ("sent", "code"),
+    [
+        ({"content": b"x" * (65 << 10)}, "body_too_long"),
+        ({"content": (b"x" * (33 << 10) for _ in range(2))}, "body_too_long"),
+        ({"headers": {"Host": "evil.example"}}, "unknown_host"),
+        ({"headers": {"X-Long": "x" * (17 << 10)}}, "headers_too_long"),
+    ],
+    ids=["stated length", "while it arrives", "host", "headers"],
+)
+def test_what_is_refused_at_the_edge_is_an_error_for_openai_too(service, sent, code):
+    """Refusals before a request is looked at have the shape that OpenAI's clients read as well."""
+    reply = service[0].post("/v1/chat/completions", **sent)
+    assert (reply.json()["code"], reply.json()["error"]["code"]) == (code, code)

@@ -95,6 +95,24 @@ def test_brackets_in_code_are_no_citations():
     assert check.feed("Read `items[7]` for the last item. [1]") + check.finish() == "Read `items[7]` for the last item. [1]"
 
 
+@pytest.mark.parametrize(
+    ("apart", "joined"),
+    [
+        ("http[9]://evil.example/bucket", "http:"),
+        ("http [9][8]://evil.example/bucket", "http:"),
+        ("www[9].evil.example/bucket", "www."),
+        ("<[9]img src=bucket>", "<img"),
+        ("javascript[9]:bucket", "javascript:"),
+    ],
+)
+def test_a_marker_that_goes_joins_nothing(apart, joined):
+    """What a removed marker kept apart stays apart: joined, it could be an address or HTML, past the filter of answers."""
+    shown, _, flags = told(f"Deletes the bucket, all objects of it must be deleted first, as a request returns objects {apart} [1].")
+    assert "bucket" in shown.removeprefix("Deletes the bucket")
+    assert "citation_removed" in flags
+    assert joined not in shown
+
+
 def test_quotes_say_where():
     """For each citation the answer has the stretch of the passage that is nearest to the sentence, word for word."""
     _, answer, _ = told("Names are unique. [2] It returns 1000 objects. [1]")

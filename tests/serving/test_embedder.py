@@ -72,6 +72,16 @@ def test_input_type_chooses_the_prompt(client, model):
         np.testing.assert_allclose(rows, expected, atol=1e-6)
 
 
+def test_a_text_without_a_vector_is_refused_without_its_words(model):
+    """The service is not at fault, so its clients do not leave it alone; and they log what it says, so the text is not in that."""
+    app = create_app(SETTINGS, preload=["first"])
+    with running(app, ready_path="/readyz") as url, httpx2.Client(base_url=url, trust_env=False, timeout=20) as client:
+        app.state.shelf.loaded["first"] = dataclasses.replace(model, raw=lambda texts: np.zeros((len(texts), 64), dtype=np.float32))
+        reply = ask(client, input="the words of a question", input_type="query")
+    assert (reply.status_code, reply.json()["error"]["code"]) == (422, "unusable_text")
+    assert "words" not in reply.text
+
+
 def test_base64_is_the_same_vector(client):
     """base64 carries the same numbers as little-endian float32."""
     plain = ask(client).json()["data"][0]["embedding"]

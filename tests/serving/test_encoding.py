@@ -201,6 +201,13 @@ def test_junk_is_not_a_reply():
         encoded(remote(url, "f"))
 
 
+def test_a_reply_that_cannot_be_unpacked_is_unavailability():
+    """A body that is not compressed as it says is the service's failure, not the request's."""
+    broken = Response(b"no gzip at all", headers={"Content-Encoding": "gzip"}, media_type="application/json")
+    with running(answering(lambda _: broken)) as url, pytest.raises(EncoderUnavailable, match="DecodingError"):
+        encoded(remote(url, "f"))
+
+
 def test_nobody_listening_is_unavailability():
     """A refused connection is EncoderUnavailable with the address and the remedy."""
     with socket.socket() as free:

@@ -5,6 +5,8 @@ import json
 import pytest
 from small_service import build, embedding, release, serving, settings_for
 
+from rag_serving.canary import Traffic
+from rag_serving.edge import routes
 from rag_serving.errors import QueryError, StoreError
 from rag_serving.feedback import QUEUE, propose, settle, waiting_queries
 from rag_serving.store import LocalStore
@@ -53,6 +55,25 @@ def test_wrong_feedback_is_refused(live, fields, code):
     reply = client.post("/v1/feedback", json=thumb(**fields))
     assert (reply.status_code, reply.json()["code"]) == (422, code)
     assert store.names(QUEUE) == before
+
+
+def test_a_thumb_that_was_not_kept_is_not_counted(live, monkeypatch):
+    """What could not be queued may be sent again under its key, and is one thumb for the canary's verdict then."""
+    client, _ = live
+    said = []
+    monkeypatch.setattr(Traffic, "said", lambda _, verdict, **__: said.append(verdict))
+
+    def send():
+        return client.post("/v1/feedback", json=thumb(query="Which disk is full?"), headers={"Idempotency-Key": "full"}).status_code
+
+    def full(*_, **__) -> None:
+        raise StoreError("the disk is full.")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(routes, "propose", full)
+        assert send() == 500
+    monkeypatch.setattr(routes, "propose", lambda *_, **__: True)
+    assert [send(), send(), said] == [202, 202, ["down"]]
 
 
 @pytest.mark.parametrize("field", ["query", "comment", "doc_ids"])

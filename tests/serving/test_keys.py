@@ -132,6 +132,20 @@ def test_an_edited_record_is_no_key(store, caplog):
         read_keys(store)
 
 
+@pytest.mark.parametrize("change", [{"since": 1}, {"groups": None}, {"expires": "soon"}], ids=["unknown field", "no groups", "no time"])
+def test_a_record_of_another_shape_stops_no_revocation(store, caplog, change):
+    """A sealed record that this version cannot read is no key, is logged, and keeps nobody from seeing that another key was revoked."""
+    token, _ = made(store)
+    ring = ring_of(store)
+    _, foreign = made(store, "foreign")
+    store.write(f"{KEYS}/foreign.json", sealed(dataclasses.asdict(foreign) | change))
+    revoke_key(store, "app", actor="tester", reason="it leaked")
+    ring.refresh()
+    with pytest.raises(AccessError, match="API key"):
+        ring.caller_of(token)
+    assert "foreign.json is no record of a key" in caplog.text
+
+
 def test_a_store_without_keys_is_open_until_it_has_one(store):
     """Before the first key everybody is anonymous; from the first key on nobody is, even when its record is gone again."""
     ring = ring_of(store)

@@ -176,6 +176,70 @@ def test_newer_models_refuse_parameters(endpoint):
     assert "temperature" not in script.requests[-1]
 
 
+def test_requests_at_once_learn_of_a_refused_parameter(endpoint):
+    """All are answered when several meet the first refusal together."""
+    url, script = endpoint
+    script.mode = "newer"
+
+    async def run() -> list[str]:
+        async with closing(LanguageModel(url, "scripted")) as model:
+            return await asyncio.gather(*(written(model) for _ in range(4)))
+
+    assert asyncio.run(run()) == [ANSWER] * 4
+
+
+@pytest.mark.parametrize("wait", ["\xb2", "soon", "."])
+def test_a_pause_that_is_no_number_is_an_error_like_others(wait):
+    """Whatever stands in Retry-After."""
+
+    async def run() -> None:
+        async with closing(LanguageModel("http://127.0.0.1:9/v1", "m")) as model:
+            model._http._transport._inner = Replying({"Retry-After": wait})
+            await written(model)
+
+    with pytest.raises(LanguageModelError):
+        asyncio.run(run())
+
+
+def test_a_compressed_reply_gives_its_connection_back():
+    """It is refused, and its connection is not lost to the pool."""
+    replying = Replying({"Content-Encoding": "gzip"}, status=200)
+
+    async def run() -> None:
+        async with closing(LanguageModel("http://127.0.0.1:9/v1", "m")) as model:
+            model._http._transport._inner = replying
+            await written(model)
+
+    with pytest.raises(LanguageModelError):
+        asyncio.run(run())
+    assert replying.asked
+    assert replying.closed == replying.asked
+
+
+class Replying(httpx2.AsyncBaseTransport):
+    """Every request gets an empty reply with these headers; counts replies that were closed."""
+
+    def __init__(self, headers: dict[str, str], *, status: int = 503) -> None:
+        self.asked = self.closed = 0
+        self._headers = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+        self._status = status
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        self.asked += 1
+        return httpx2.Response(self._status, headers=self._headers, stream=Body(self), request=request)
+
+
+class Body(httpx2.AsyncByteStream):
+    def __init__(self, of: Replying) -> None:
+        self._of = of
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield b""
+
+    async def aclose(self) -> None:
+        self._of.closed += 1
+
+
 def test_who_stops_listening_stops_the_model(endpoint):
     """When its caller gives up, the connection ends at once: the model sees its client leave, and the breaker holds nothing against it."""
     url, script = endpoint

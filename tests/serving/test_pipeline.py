@@ -17,6 +17,7 @@ from rag_serving.deadline import Deadline
 from rag_serving.errors import DeadlineExceeded
 from rag_serving.exchange import Exchange
 from rag_serving.models import load_model
+from rag_serving.retrieval import Retriever
 from rag_serving.settings import Retrieval, Weights
 from rag_serving.store import LocalStore
 
@@ -81,6 +82,20 @@ def test_slow_embedder_costs_its_timeout_at_most(store, tmp_path):
         started = time.perf_counter()
         assert client.post("/v1/query", json=ASK).json()["degraded"] == ["embedding"]
         assert time.perf_counter() - started < 1.4
+
+
+def test_a_search_that_hangs_ends_with_the_request(store, tmp_path, monkeypatch):
+    """A search that never returns is given up at the request's deadline, with a refusal that says so."""
+
+    async def hang(*_, **__) -> None:
+        await asyncio.sleep(5)
+
+    with serving(settings_for(tmp_path), store) as client:
+        monkeypatch.setattr(Retriever, "retrieve", hang)
+        started = time.perf_counter()
+        reply = client.post("/v1/retrieve", json={**ASK, "deadline_ms": 300})
+    assert (reply.status_code, reply.json()["code"]) == (504, "deadline_exceeded")
+    assert time.perf_counter() - started < 3
 
 
 def test_vectors_only_snapshot_still_answers(tmp_path):
