@@ -26,7 +26,10 @@ RULES, DASHBOARD, COLLECTOR, DOCS = (
 _HEAD = "# Written by deploy/generate.py from rag_serving/signals/contract.py and rag_serving/signals/monitoring.py: change those.\n"
 _SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 _UNITS = {"seconds": "s", "1": "none"}
-_RELEASES = (contract.INDEX_GENERATION, contract.LEDGER_GENERATION, contract.PREVIOUS_OPEN, contract.HOLDS, contract.SWAP_SECONDS)
+_RELEASES = (
+    *(contract.INDEX_GENERATION, contract.LEDGER_GENERATION, contract.PREVIOUS_OPEN, contract.HOLDS, contract.SWAP_SECONDS),
+    *(contract.RELEASES, contract.RESTORE_SECONDS_LAST, contract.DRILL_AT, contract.HEARTBEAT),
+)
 _CANARY = (contract.CANARY_ANSWERS, contract.OBSERVATIONS)
 _ROWS: tuple[tuple[str, Category], ...] = (
     ("Query quality", Category.QUERY),
@@ -34,6 +37,12 @@ _ROWS: tuple[tuple[str, Category], ...] = (
     ("Generation and guards", Category.GENERATION),
     ("Infrastructure", Category.INFRASTRUCTURE),
 )
+_RATIOS: dict[Category, list[tuple[str, list[tuple[str, str]], str]]] = {
+    Category.RETRIEVAL: [
+        ("Distinct documents a passage found", [(monitoring.DOCUMENT_SHARE, "30m")], "percentunit"),
+        ("Share of questions for which nothing was found", [(monitoring.ZERO_RESULTS, "30m")], "percentunit"),
+    ],
+}
 _WIDTH, _HEIGHT = 6, 7
 
 
@@ -43,8 +52,12 @@ def generated() -> dict[Path, str]:
     return {RULES: rules(), DASHBOARD: dashboard(), COLLECTOR: collector(), DOCS: documented(docs)}
 
 
-def rules() -> str:
-    """Recording rules of each SLO and window, and the alerts."""
+def rules(*, faster: float = 1) -> str:
+    """Recording rules of each SLO and window, and the alerts.
+
+    With `faster`, every range, offset and `for` is that many times shorter, so that a test sees in seconds what takes hours; names, and numbers
+    that metrics are compared with, ages among them, stay.
+    """
     recorded = [
         {"record": slo.ratio(window), "expr": f"{slo.bad} / {slo.all}".replace("$w", window)}
         for slo in monitoring.SLOS
@@ -61,7 +74,16 @@ def rules() -> str:
         }
         for alert in monitoring.ALERTS
     ]
+    for rule in (*recorded, *alerts) if faster != 1 else ():
+        rule["expr"] = re.sub(r"(?<=[\[ ])\d+[smhd](?=[\] ])", lambda found: _shorter(found[0], faster), f"{rule['expr']} ").rstrip()
+        if "for" in rule:
+            rule["for"] = _shorter(rule["for"], faster)
     return _yaml({"groups": [{"name": "ragline-slo", "rules": recorded}, {"name": "ragline-alerts", "rules": alerts}]})
+
+
+def _shorter(duration: str, faster: float) -> str:
+    seconds = int(duration[:-1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[duration[-1]]
+    return f"{max(1, round(1000 * seconds / faster))}ms" if seconds else duration
 
 
 def dashboard() -> str:
@@ -75,7 +97,8 @@ def dashboard() -> str:
     _add_row(panels, "Objectives", objectives)
     apart = (*_RELEASES, *_CANARY, contract.REQUESTS)
     for title, category in _ROWS:
-        _add_row(panels, title, [_panel_of(metric) for metric in contract.METRICS if metric.category is category and metric not in apart])
+        made = [_panel_of(metric) for metric in contract.METRICS if metric.category is category and metric not in apart]
+        _add_row(panels, title, [*made, *_RATIOS.get(category, ())])
     _add_row(panels, "Releases and canaries", [_panel_of(metric) for metric in (*_RELEASES, *_CANARY)])
     board = {
         "uid": "ragline",
@@ -218,7 +241,7 @@ def _metric_table(category: Category) -> str:
 
 
 def _span_row(span: contract.Span) -> tuple[str, str, str, str]:
-    name = f"`{span.name} {{model}}`" if span.named_after_model else f"`{span.name}`"
+    name = f"`{span.name} {{{span.named_after}}}`" if span.named_after else f"`{span.name}`"
     return name, span.kind, span.says, ", ".join(f"`{attribute.name}`" for attribute in span.attributes)
 
 

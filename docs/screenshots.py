@@ -1,4 +1,4 @@
-"""The pictures in docs/images, taken from a running Dagster UI: `make screenshots`, with Chromium installed.
+"""The pictures in docs/images, taken from a running Dagster UI and the page of a running service: `make screenshots`, with Chromium installed.
 
 A line on the small sample is acted out first, in a folder of its own: three weeks of tuning, measured and
 released, then an embedding model that is swapped behind its name. With a folder as argument the acted line is kept there and used again.
@@ -14,15 +14,21 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlencode
 
 import httpx2
+
+if TYPE_CHECKING:
+    from headless import Tab
 
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
 WEEKS = ({"[retrieval]": '[retrieval]\nfusion = "rank"'}, {"pool = 30": "pool = 0"}, {})  # each against the ragline.toml of the checkout
 CHAMPION = "all-MiniLM-L6-v2"
+QUESTION = "How do I copy a snapshot to another region?"
 WEAKER = ("max_tokens = 256", "max_tokens = 12")
-sys.path[:0] = [str(ROOT / "tests" / "e2e"), str(ROOT / "tests" / "browser")]
+sys.path[:0] = [str(ROOT / "tests" / folder) for folder in ("e2e", "browser", "")]
 
 
 def prepare(folder: Path) -> None:
@@ -99,21 +105,49 @@ def answers(client: httpx2.Client) -> bool:
 
 # name of the picture, page, a text that the complete page has, what is clicked then, height in pixels
 PICTURES = (
-    ("mrr-over-time", "/assets/model_leaderboard?view=overview", "quality_against_latency", "Plots", 1120),
+    ("mrr-over-time", "/assets/model_leaderboard?view=overview", "quality_against_latency", "Plots", 1125),
     ("gate-failed", "/assets/quality_gate?view=checks&checkDetail=wordllama_256", "below the champion", "", 850),
-    ("held", "/assets/release_ledger?view=overview", "held by", "", 1000),
+    ("held", "/assets/release_ledger?view=overview", "held by", "", 876),
 )
 CLICK = "(text => [...document.querySelectorAll('button, a, span')].filter(each => each.innerText === text).at(-1).click())"
 
 
-def shoot(base: str, profile: Path) -> None:
+@contextmanager
+def browser() -> Iterator["Tab"]:
     from headless import chromium
 
     program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if program is None:
         raise SystemExit("needs a browser: apt-get install chromium")
-    IMAGES.mkdir(exist_ok=True)
-    with chromium(program, profile) as tab:
+    with tempfile.TemporaryDirectory() as profile, chromium(program, Path(profile)) as tab:
+        yield tab
+
+
+GRAPH = "/asset-groups?expanded=global@global:"
+WIDE = """{
+  [...document.querySelectorAll('button')].find(each => each.innerText === 'Hide navigation').click();
+  let place = document.querySelector('input[placeholder^=Jump]');
+  while (!place.parentElement.querySelector('button')) place = place.parentElement;
+  place.parentElement.querySelector('button').click();
+}"""
+
+
+def draw(base: str, tab: "Tab") -> None:
+    """The asset graph with the groups evaluation and release unfolded. It is fitted to the page when a group unfolds, so the side bars go first."""
+    tab.show(f"{base}{GRAPH}evaluation", width=1600, height=740)
+    tab.wait("document.body.innerText.includes('model_leaderboard')", seconds=120)
+    tab.run(WIDE)
+    time.sleep(2)
+    tab.run(f"history.pushState({{}}, '', {GRAPH + 'evaluation,global@global:release'!r}); dispatchEvent(new PopStateEvent('popstate'))")
+    tab.wait("document.body.innerText.includes('quality_gate')", seconds=60)
+    time.sleep(5)
+    tab.picture(IMAGES / "dagster.png")
+    told("docs/images/dagster.png", "")
+
+
+def shoot(base: str) -> None:
+    with browser() as tab:
+        draw(base, tab)
         for name, page, text, click, height in PICTURES:
             tab.show(base + page, width=1400, height=height)
             tab.wait(f"document.body.innerText.includes({text!r})", seconds=120)
@@ -122,6 +156,28 @@ def shoot(base: str, profile: Path) -> None:
             time.sleep(5)  # plots and lists grow into place
             tab.picture(IMAGES / f"{name}.png")
             told(f"docs/images/{name}.png", "")
+
+
+def ask(folder: Path) -> None:
+    """The page of a query service over the release, after a question that was asked before: models are loaded, files are read."""
+    from live_server import running
+
+    from rag_serving import app, embedder
+    from rag_serving.settings import load_settings
+
+    configure(folder, {})
+    settings = load_settings()
+    with running(embedder.create_app(settings, preload=[CHAMPION]), ready_path="/readyz") as url:
+        places = settings.places.model_copy(update={"embedder_url": url})
+        serving = app.create_app(settings.model_copy(update={"places": places}))
+        with running(serving, ready_path="/readyz") as base, browser() as tab:
+            for question in ("How do I stop an instance?", QUESTION):
+                tab.show(f"{base}/?{urlencode({'q': question})}", width=1180, height=1290)
+                tab.wait("document.getElementById('main').dataset.state === 'answered'")
+            tab.run("document.activeElement.blur()")
+            time.sleep(1)
+            tab.picture(IMAGES / "page.png")
+            told("docs/images/page.png", "")
 
 
 def main() -> None:
@@ -138,7 +194,8 @@ def main() -> None:
             if not acted:
                 act(folder)
             with webserver() as base:
-                shoot(base, Path(scratch) / "browser")
+                shoot(base)
+        ask(folder)
 
 
 if __name__ == "__main__":

@@ -48,9 +48,8 @@ def server(data: Path, *, durable: bool = True) -> Iterator[URL]:
     `durable=False` makes a new cluster in half the time and is for data that may be lost. Raises PlatformError when it does not start.
     """
     data = data.absolute()
-    data.parent.mkdir(parents=True, exist_ok=True)
     gate = data.with_name(f"{data.name}.gate")
-    with data.with_name(f"{data.name}.users").open("a") as users:
+    with _users_of(data) as users:
         try:
             with _exclusive(gate):
                 fcntl.flock(users, fcntl.LOCK_SH)
@@ -60,6 +59,16 @@ def server(data: Path, *, durable: bool = True) -> Iterator[URL]:
             with _exclusive(gate):
                 if _is_last(users):
                     _stop(data)
+
+
+def _users_of(data: Path) -> IO[str]:
+    """The file that whoever uses the server holds open. Raises PlatformError."""
+    try:
+        data.parent.mkdir(parents=True, exist_ok=True)
+        return data.with_name(f"{data.name}.users").open("a")
+    except OSError as error:
+        fix = "Set RAGLINE_HOME to a folder you can write, or RAGLINE_POSTGRES_URL to a PostgreSQL."
+        raise PlatformError(f"no database can be kept at {data}: {error.strerror}.", fix=fix) from None
 
 
 @contextmanager

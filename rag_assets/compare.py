@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from evals.reports import LeaderboardRow
-from rag_assets import ingestion, steps
+from rag_assets import steps
 from rag_assets.corpus import fingerprint_of
 from rag_assets.leaderboard import compared_rows
 from rag_assets.workbench import Reporter, Workbench
@@ -42,9 +42,7 @@ def compare(
     }
     evaluations, names = [], {}
     for chunking, bench in benches.items():
-        ingestion.list_source_files(bench)
-        documents = ingestion.parse_documents(bench).table
-        ingestion.split_chunks(bench)
+        _, documents, _ = steps.ingest_corpus(bench)
         eval_set = steps.load_eval_set(bench)
         for model in models:
             name = f"{model} {chunking}".strip()
@@ -52,7 +50,7 @@ def compare(
             built = steps.snapshot_corpus(bench, model)
             evaluation = steps.evaluate_snapshot(bench, built.manifest, eval_set)
             names[evaluation.snapshot_id] = name
-            evaluations.append(replace(evaluation, corpus_sha256=documents.content_sha256))
+            evaluations.append(replace(evaluation, corpus_sha256=documents.table.content_sha256))
             bench.release_models()
     rows = compared_rows(scratch, evaluations, alpha=settings.gate.alpha)
     return [replace(row, embedding_model=names.get(row.snapshot_id or "", row.embedding_model)) for row in rows]

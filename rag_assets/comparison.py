@@ -1,17 +1,21 @@
 """An evaluation beside the champion's on the same corpus and eval set: which queries moved, and which lost most."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from evals.collections import EvalSet
 from evals.regressions import Regression, worst_regressions
 from rag_assets.evaluation import Evaluation, read_evaluation, read_rows
 from rag_serving.releases import Ledger
+from rag_serving.signals.redaction import redacted
 from rag_serving.store import Store
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """`differences` are reciprocal ranks of the evaluation minus the champion's, in the order of the eval set."""
+    """`differences` are reciprocal ranks of the evaluation minus the champion's, in the order of the eval set.
+
+    The queries of `regressions` are shown in Dagster and MLflow, without secrets and personal data.
+    """
 
     champion: Evaluation
     differences: tuple[float, ...]
@@ -36,7 +40,8 @@ def compare_with_champion(store: Store, evaluation: Evaluation, eval_set: EvalSe
     before, after = read_rows(store, champion), read_rows(store, evaluation)
     ranks = {row["query_id"]: row["reciprocal_rank"] for row in before}
     differences = tuple(row["reciprocal_rank"] - ranks[row["query_id"]] for row in after)
-    return Comparison(champion, differences, tuple(worst_regressions(before, after, eval_set)))
+    worst = tuple(replace(each, query=redacted(each.query)) for each in worst_regressions(before, after, eval_set))
+    return Comparison(champion, differences, worst)
 
 
 def comparable(one: Evaluation, other: Evaluation) -> bool:

@@ -152,18 +152,33 @@ def _lengths(values: pa.Array) -> bytes:
     return bytes(pc.fill_null(values, -1).to_numpy(zero_copy_only=False).astype("<i8").tobytes())
 
 
+def read_pointer(store: Store, key: str) -> dict[str, Any]:
+    """What the small JSON file at `key` says, beside or of a table; StoreError when it is absent or damaged. The next run writes it again."""
+    try:
+        pointer = json.loads(store.read(key))
+        if isinstance(pointer, dict):
+            return pointer
+    except ValueError:
+        pass
+    raise _unreadable(key)
+
+
+def _unreadable(key: str) -> StoreError:
+    return StoreError(f"{key} cannot be read.", fix="Delete that file; the next run makes it again.")
+
+
 def current_table(store: Store, name: str) -> Table | None:
     """What `corpus/<name>.json` points at, or None before the first run."""
     key = f"corpus/{name}.json"
     if not store.exists(key):
         return None
+    pointer = read_pointer(store, key)
     try:
-        pointer = json.loads(store.read(key))
         if "parts" not in pointer and "sha256" in pointer:
             return None  # one file a table, as written before tables had parts: made again
         return Table(**{**pointer, "parts": tuple(Part(**part) for part in pointer["parts"])})
     except (ValueError, TypeError, KeyError):
-        raise StoreError(f"{key} cannot be read.", fix="Delete that file; the next run makes it again.") from None
+        raise _unreadable(key) from None
 
 
 def whole_table(store: Store, name: str) -> Table | None:
@@ -182,7 +197,7 @@ def require_table(store: Store, name: str) -> Table:
     """The current table; StoreError before the first run."""
     table = current_table(store, name)
     if table is None:
-        raise StoreError(f"there are no {name} in the store yet.", fix="Materialize them first: `ragline run`.")
+        raise StoreError(f"the store has no table of {name} yet.", fix="Materialize them first: `ragline run`.")
     return table
 
 

@@ -19,10 +19,14 @@ from rag_assets.drift import Detector, DriftFinding, DriftReport, Kind, Severity
 from rag_assets.evaluation import Evaluation, evaluation_history, reciprocal_ranks
 from rag_assets.measurement import ann_recall
 from rag_assets.observations import query_window, reference_window
+from rag_assets.service_vectors import by_service
+from rag_assets.staleness import behind_source
 from rag_assets.steps import current_snapshot, evaluate_snapshot, load_eval_set
+from rag_assets.variety import AT_RELEASE, BEFORE, DIVERSITY, lost_variety, varied
 from rag_assets.workbench import Workbench
 from rag_serving.releases import Action, Ledger
 from rag_serving.retrieval import Retriever, open_table
+from rag_serving.signals import contract, work
 from rag_serving.snapshots import Manifest, read_manifest, snapshot_key, verify
 from rag_serving.store import Store
 
@@ -31,10 +35,14 @@ Found = tuple[Kind, Severity, str]
 
 _FEWEST = 10
 _RECALL_PROBES = 100
-AT_RELEASE = "_at_release"
-DIVERSITY = ("distinct_documents", "intra_list_similarity", "hubness")
 
 
+def _reported(report: DriftReport) -> work.Facts:
+    found: work.Facts = {contract.DETECTOR: report.detector, contract.FINDINGS: [finding.kind for finding in report.findings]}
+    return {**found, contract.SNAPSHOT_ID: report.snapshot_id} if report.snapshot_id else found
+
+
+@work.worked(contract.DETECT, _reported)
 def evaluation_drift(bench: Workbench) -> DriftReport:
     """The champion's snapshot measured afresh, however young its last evaluation is, and compared with the evaluation at its release.
 
@@ -62,9 +70,12 @@ def evaluation_drift(bench: Workbench) -> DriftReport:
     if before:
         pair = paired_difference(reciprocal_ranks(bench.store, now), reciprocal_ranks(bench.store, before), alpha=gate.alpha)
         numbers |= {"mrr_at_release": before.mrr, "difference": pair.mean, "low": pair.low, "high": pair.high, "p_worse": pair.p_worse}
-        numbers |= {f"{name}{AT_RELEASE}": value for name, value in before.metrics.items() if name.startswith(DIVERSITY)}
+        numbers |= varied(before, AT_RELEASE)
         fell = below or (pair.p_worse <= gate.alpha and not pair.noninferior(gate.margin))
         detail += f"; {pair.mean:+.3f} [{pair.low:+.3f}, {pair.high:+.3f}] against {before.mrr:.3f} at its release (p = {pair.p_worse:.4f})"
+    earlier = _of_release_before(bench, eval_set.sha256)
+    if earlier:
+        numbers |= varied(earlier, BEFORE)
     facts = {
         "embedding_model": now.embedding_model,
         "eval_set": now.eval_set,
@@ -74,10 +85,12 @@ def evaluation_drift(bench: Workbench) -> DriftReport:
     return _keep(bench, "evaluation", manifest, f"{detail}.", numbers=numbers, facts=facts, found=found)
 
 
+@work.worked(contract.DETECT, _reported)
 def embedding_drift(bench: Workbench) -> DriftReport:
     """Probe texts of the champion embedded again with the model as it is configured now, by paired cosine with the stored vectors.
 
-    A fingerprint that is not the snapshot's is found before anything is compared; the cosines then only say how far apart the two are.
+    A fingerprint that is not the snapshot's is found before anything is compared; the cosines then only say how far apart the two are. Some of
+    the texts are also embedded by the embedding service, where it answers, since that is where the vectors of queries come from.
     """
     manifest = _champion(bench)
     if manifest is None:
@@ -87,17 +100,21 @@ def embedding_drift(bench: Workbench) -> DriftReport:
     numbers = {"same_model": float(not swapped), "cosine_floor": floor}
     found: list[Found] = [("fingerprint", "hold", swapped)] if swapped else []
     summary = swapped
+    texts, stored = _stored(bench.store, manifest, bench.settings.drift.probes)
     if model.dims == manifest.dims:
-        texts, stored = _stored(bench.store, manifest, bench.settings.drift.probes)
         pairs = paired_cosine(stored, model.encode_documents(texts))
         numbers |= {"cosine_mean": pairs.mean, "cosine_min": pairs.minimum, "share_below": pairs.share_below, "probes": float(pairs.n)}
         moved = f"{pairs.n} texts embedded again have mean cosine {pairs.mean:.5f} with the stored vectors (least {pairs.minimum:.5f})"
         summary = f"{swapped} {moved}.".strip()
         if pairs.mean < floor and not swapped:
             found = [("runtime", "hold", f"{moved}; {floor:g} is the floor, though the model's fingerprint is unchanged.")]
-    return _keep(bench, "embedding", manifest, summary, numbers=numbers, facts=_fingerprints(bench, manifest), found=found)
+    service = by_service(bench, manifest, texts, stored, floor=floor)
+    found += [each for each in service.findings if each[0] not in {kind for kind, *_ in found}]
+    facts = _fingerprints(bench, manifest) | {"embedding_service": service.names}
+    return _keep(bench, "embedding", manifest, summary, numbers={**numbers, **service.numbers}, facts=facts, found=found)
 
 
+@work.worked(contract.DETECT, _reported)
 def query_drift(bench: Workbench) -> DriftReport:
     """The queries of now against those kept at the release, as the configured model sees them. A warning in the second week in a row."""
     manifest = _champion(bench)
@@ -119,6 +136,7 @@ def query_drift(bench: Workbench) -> DriftReport:
     return _keep(bench, "query", manifest, f"{summary}.", numbers=numbers | {"in_a_row": float(weeks)}, facts=facts, found=found)
 
 
+@work.worked(contract.DETECT, _reported)
 def corpus_drift(bench: Workbench) -> DriftReport:
     """Passages of the newest snapshot of the champion's model against the champion's own; only vectors of one fingerprint are compared."""
     manifest = _champion(bench)
@@ -137,21 +155,25 @@ def corpus_drift(bench: Workbench) -> DriftReport:
     return _keep(bench, "corpus", manifest, f"{summary}.", numbers=numbers, facts=facts, found=found)
 
 
+@work.worked(contract.DETECT, _reported)
 def index_health(bench: Workbench) -> DriftReport:
-    """Age of the champion, rows that no index covers, recall of its vector index, and the diversity of its results since the release."""
+    """Age of the champion, whether it holds what the source does, rows that no index covers, recall, and how varied its results are.
+
+    The source is listed anew, so that it shows when nothing was built of a change; one that cannot be listed counts as changed. Variety is
+    compared with the release and with the release before, because a corpus that was flooded came with a release of its own.
+    """
     manifest = _champion(bench)
     if manifest is None:
         return _unreleased(bench, "index")
     settings, gate = bench.settings.drift, bench.settings.gate
     age = (datetime.now(UTC) - datetime.fromisoformat(manifest.built_at)).total_seconds() / 86400
-    newest = current_snapshot(bench, manifest.embedding_model)
-    behind = newest is not None and newest.corpus_sha256 != manifest.corpus_sha256
+    behind, changes = behind_source(bench, manifest)
     unindexed, recall = asyncio.run(_probe_index(bench.store, manifest))
-    numbers = {"age_days": age, "corpus_behind": float(behind), "unindexed_rows": float(unindexed), "ann_recall": recall}
-    numbers |= {"documents": float(manifest.documents), "rows": float(manifest.rows)}
+    numbers = {"age_days": age, "corpus_behind": float(bool(behind)), "unindexed_rows": float(unindexed), "ann_recall": recall}
+    numbers |= {"documents": float(manifest.documents), "rows": float(manifest.rows), "source_changes": changes}
     found: list[Found] = []
-    if newest and behind and age > settings.max_age_days:
-        late = f"the champion was built {age:.1f} days ago ({settings.max_age_days:g} are allowed), and {newest.snapshot_id} has a newer corpus."
+    if behind and age > settings.max_age_days:
+        late = f"the champion was built {age:.1f} days ago ({settings.max_age_days:g} are allowed), and {behind}."
         found.append(("stale", "warn", late))
     if unindexed:
         found.append(("stale", "warn", f"{unindexed:,} of {manifest.rows:,} rows of the champion are in no index."))
@@ -160,10 +182,10 @@ def index_health(bench: Workbench) -> DriftReport:
             ("recall", "warn", f"the champion's vector index finds {recall:.3f} of the nearest; {gate.ann_recall_floor} is the floor.")
         )
     diversity = _diversity(latest_report(bench.store, "evaluation"), manifest.snapshot_id)
-    lost = _lost_diversity(diversity)
-    if lost > settings.max_diversity_loss:
-        found.append(("diversity", "warn", f"results name {lost:.0%} fewer distinct documents than at the release."))
-    summary = f"built {age:.1f} days ago, {unindexed:,} rows unindexed, recall {recall:.3f}"
+    lost = [each for each in lost_variety(diversity) if each[0] > settings.max_diversity_loss]
+    if lost:
+        found.append(("diversity", "warn", f"results {'; '.join(words for _, words in lost)}."))
+    summary = f"built {age:.1f} days ago, {unindexed:,} rows unindexed, recall {recall:.3f}{f', {behind}' if behind else ''}"
     return _keep(bench, "index", manifest, f"{summary}.", numbers=numbers | diversity, found=found)
 
 
@@ -224,19 +246,17 @@ def _at_release(bench: Workbench, manifest: Manifest, eval_set_sha256: str) -> E
     return next(iter(earlier[-1:] or comparable), None)
 
 
+def _of_release_before(bench: Workbench, eval_set_sha256: str) -> Evaluation | None:
+    """The last evaluation on this eval set of the snapshot that was live before the champion; None where it was never measured on it."""
+    previous = Ledger(bench.store).state().previous
+    kept = evaluation_history(bench.store, previous.manifest_sha256, eval_set_sha256) if previous else []
+    return next((evaluation for evaluation in reversed(kept) if evaluation.k == bench.settings.eval.k), None)
+
+
 def _diversity(report: DriftReport | None, snapshot_id: str) -> dict[str, float]:
     """What the champion's evaluation says of how varied its results are, now and at the release; nothing before its first."""
     numbers = report.numbers if report and report.snapshot_id == snapshot_id else {}
     return {name: value for name, value in numbers.items() if name.startswith(DIVERSITY)}
-
-
-def _lost_diversity(numbers: Mapping[str, float]) -> float:
-    """Share of the distinct documents of results at the release that is lost; 0 where one of the two is not known."""
-    now, before = (
-        [value for name, value in numbers.items() if name.startswith("distinct_documents") and name.endswith(AT_RELEASE) is released]
-        for released in (False, True)
-    )
-    return 1 - now[0] / before[0] if now and before and before[0] else 0.0
 
 
 def _stored(store: Store, manifest: Manifest, most: int) -> tuple[list[str], Vectors]:

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,10 +18,12 @@ import psutil
 from rag_assets.cluster import server
 from rag_assets.platform import holder_of, services
 from rag_assets.postgres import reach
+from rag_serving.edge.keys import read_keys, require_keys
 from rag_serving.edge.ports import port_is_free
+from rag_serving.embedding.cpu import computes_bfloat16
 from rag_serving.errors import RaglineError
-from rag_serving.models import computes_bfloat16
 from rag_serving.settings import CONFIG_NAME, Settings
+from rag_serving.store import LocalStore
 
 GIB = 1024**3
 DISK_GIB = 5
@@ -46,7 +49,8 @@ def examine(settings: Settings) -> tuple[Finding, ...]:
         except RaglineError as error:
             found.append(Finding(name, ok=False, detail=error.what, fix=error.fix))
         except OSError as error:
-            found.append(Finding(name, ok=False, detail=str(error), fix="Correct the permissions or set RAGLINE_HOME to another folder."))
+            detail = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+            found.append(Finding(name, ok=False, detail=detail, fix="Correct the permissions or set RAGLINE_HOME to another folder."))
     return tuple(found)
 
 
@@ -90,6 +94,16 @@ def _store(settings: Settings) -> Iterator[Finding]:
         probe.flush()
         os.fsync(probe.fileno())
     yield Finding("store", ok=True, detail=f"{settings.store_dir} is writable")
+
+
+def _keys(settings: Settings) -> Iterator[Finding]:
+    store, now = LocalStore(settings.store_dir), datetime.now(UTC)
+    require_keys(store, settings.places.host)
+    known = read_keys(store)
+    good = [key for key, ended in known if ended is None and not key.expired(now)]
+    asking = [key for key in good if "query" in key.scopes]
+    detail = f"{len(known)} made, {len(good)} in force, {len(asking)} that may query" if known else "none: this machine alone may ask"
+    yield _judge("API keys", not known or bool(asking), detail, "Make one with `ragline keys create NAME --scope query`.")
 
 
 def _ports(settings: Settings) -> Iterator[Finding]:
@@ -160,6 +174,7 @@ LOOKS: dict[str, Callable[[Settings], Iterator[Finding]]] = {
     "machine": _machine,
     "configuration": _configuration,
     "store": _store,
+    "API keys": _keys,
     "ports": _ports,
     "postgres": _postgres,
     "models": _models,

@@ -2,6 +2,7 @@
 
 The scratch store is a folder beside the snapshots, with copies of the ledger's entries and hard links to the snapshot's files (copies where
 links are not possible); it is removed at the end. The real ledger and the snapshots are only read.
+What a drill that went well measured is kept under `drills/`.
 """
 
 import asyncio
@@ -9,6 +10,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,9 @@ from rag_serving.errors import DrillFailed
 from rag_serving.releases import Ledger, Release
 from rag_serving.reranking import Reranker
 from rag_serving.retrieval import QUERY_CODE, Retriever
+from rag_serving.seals import sealed
 from rag_serving.settings import Settings
+from rag_serving.signals import contract, work
 from rag_serving.snapshots import MANIFEST, link_files, read_manifest, snapshot_key
 from rag_serving.store import LocalStore, Store
 
@@ -67,8 +71,15 @@ def run_drill(bench: Workbench) -> Drill | None:
         return None
     drill = _drill(bench, previous)
     _judge(drill, budget_seconds=bench.settings.drift.drill_budget_seconds)
+    _keep(bench.store, drill)
     bench.reporter.note(f"rollback drill: {drill.snapshot_id} answered {drill.probes} probes after {drill.seconds:.2f} s")
     return drill
+
+
+def _keep(store: Store, drill: Drill) -> None:
+    """One sealed record a day of a drill that went well, under `drills/`; the service shows the newest."""
+    at = datetime.now(UTC).isoformat(timespec="seconds")
+    store.write(f"drills/{at[:10]}.json", sealed({"at": at, **asdict(drill)}))
 
 
 def _judge(drill: Drill, *, budget_seconds: float) -> None:
@@ -86,6 +97,7 @@ def _judge(drill: Drill, *, budget_seconds: float) -> None:
         )
 
 
+@work.worked(contract.REHEARSE, lambda drill: {contract.SNAPSHOT_ID: drill.snapshot_id, contract.RESTORE_SECONDS: drill.seconds})
 def _drill(bench: Workbench, previous: Release) -> Drill:
     manifest = read_manifest(bench.store, previous.snapshot_id)
     eval_set = open_eval_set(bench.settings.eval.source, root=bench.settings.root)

@@ -12,8 +12,8 @@ from typing import Protocol
 import numpy as np
 
 from rag_assets.vectors import EmbeddingCache, Keys, Vectors, text_keys
+from rag_serving.embedding.cpu import computes_bfloat16
 from rag_serving.errors import ModelError
-from rag_serving.models import computes_bfloat16
 from rag_serving.settings import ModelSpec
 from rag_serving.store import Store
 

@@ -127,7 +127,8 @@ def _by_library(data: bytes, suffix: str, max_pages: int) -> Extracted:
         result = extract_bytes_sync(with_stand_ins(data) if suffix == ".docx" else data, _MIME[suffix], config=config)
     except KreuzbergError as error:
         locked = re.search(r"password|encrypt", str(error), re.IGNORECASE)
-        raise Refused("encrypted" if locked else "damaged", f"it cannot be read: {' '.join(str(error).split())[:300]}") from None
+        # its message may quote the document, and details are shown in runs
+        raise Refused("encrypted" if locked else "damaged", f"it cannot be read: the parser raised {type(error).__name__}") from None
     about: dict[str, Any] = dict(result.metadata)
     pages = next((count for key in ("page_count", "slide_count", "sheet_count") if isinstance(count := about.get(key), int)), 0)
     if pages > max_pages:

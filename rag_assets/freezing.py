@@ -74,7 +74,7 @@ async def cover(table: Any, manifest: Manifest, found: Survey) -> Coverage:
     ids = np.concatenate([id_digests(batch) async for batch in batches] or [found.ids[:0]])
     distinct = np.unique(ids)
     shared = len(np.intersect1d(distinct, found.ids, assume_unique=True))
-    columns = ["content", "title", ACL_COLUMN, *(column.name for column in filterable(manifest.index.get("filters", {})).values())]
+    columns = ["content", "title", ACL_COLUMN, *(column.name for column in filterable(manifest.index["filters"]).values())]
     columns += ["vector", "title_vector"] if manifest.index["vector_index"] else []
     indexed = dict.fromkeys((f"{column}_idx" for column in columns), 0)
     for index in await table.list_indices():

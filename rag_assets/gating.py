@@ -1,7 +1,7 @@
 """From evaluations to verdicts to a release: who is compared with whom, and which snapshot goes live."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Literal
 
@@ -10,10 +10,11 @@ from evals.significance import EvidenceError
 from rag_assets.evaluation import Evaluation, query_slices, reciprocal_ranks
 from rag_assets.replay import canary_gate
 from rag_assets.trial import trial_of
-from rag_serving.errors import PromotionRefused, SnapshotError
+from rag_serving.errors import PromotionRefused, SnapshotError, StoreError
 from rag_serving.promotion import override_of, promote
 from rag_serving.releases import Entry, Ledger, Release
 from rag_serving.settings import Canary, Gate
+from rag_serving.signals import contract, work
 from rag_serving.store import Store
 from rag_serving.verdicts import GATES, RETRIEVAL_QUALITY, Verdict, read_verdict, trusted_verdict, write_verdict
 
@@ -75,6 +76,12 @@ def best_first(evaluation: Evaluation) -> tuple[float, str]:
     return -evaluation.mrr, evaluation.snapshot_id
 
 
+def judged(verdict: Verdict) -> work.Facts:
+    """What is recorded of a verdict."""
+    return {contract.GATE: verdict.gate, contract.SNAPSHOT_ID: verdict.snapshot_id, contract.VERDICT: verdict.outcome}
+
+
+@work.worked(contract.JUDGE, judged)
 def judge(store: Store, candidate: Evaluation, champion: Evaluation | None, *, gate: Gate) -> Verdict:
     """Run the retrieval quality gate and keep its verdict as evidence; EvidenceError unless both were measured on the same eval set and k."""
     _require_comparable(candidate, champion)
@@ -123,6 +130,7 @@ def keep_verdict(store: Store, result: GateResult, candidate: Evaluation, *, cha
     return verdict
 
 
+@work.worked(contract.JUDGE, judged)
 def judge_canary(store: Store, candidate: Evaluation, champion: Evaluation | None, *, gate: Gate, traffic: Canary = _AS_DEFAULT) -> Verdict:
     """What real traffic said of the candidate against the champion, if it was its canary, and the eval queries replayed through both.
 
@@ -150,8 +158,8 @@ class Round:
     """One release round over evaluated snapshots of one corpus and eval set: each is a candidate unless it is live.
 
     `measured` gives the fresh evaluation of any snapshot by id, `warm_up` the warm-up verdict of a candidate, measured when there is none, and
-    `traffic` says how the real requests of a canary are judged. What was judged is in the store, so a round may be held gate by gate, in
-    several processes, or all at once by `promote_best`.
+    `traffic` says how the real requests of a canary are judged. `damaged` says what could not be judged, and why, by snapshot id. What was
+    judged is in the store, so a round may be held gate by gate, in several processes, or all at once by `promote_best`.
     """
 
     store: Store
@@ -160,6 +168,7 @@ class Round:
     measured: Callable[[str], Evaluation]
     warm_up: Callable[[Evaluation], Verdict]
     traffic: Canary = _AS_DEFAULT
+    damaged: dict[str, str] = field(default_factory=dict)
 
     @property
     def champion_is_current(self) -> bool:
@@ -181,13 +190,15 @@ class Round:
         return verdicts
 
     def warm_ups(self) -> dict[str, Verdict]:
-        """Warm-up verdicts of the contenders, best first, up to the first that passes; by snapshot id."""
-        return self._until_passed(self.warm_up, self._contenders())
+        """Warm-up verdicts of the contenders, best first, up to the first that passes; by snapshot id.
+
+        One whose files are damaged is passed over and noted in `damaged`; when none passes, its StoreError is raised in the end.
+        """
+        return self._until_passed(self.warm_up)
 
     def canaries(self) -> dict[str, Verdict]:
-        """Canary verdicts of the contenders that pass warm-up, best first, up to the first that passes; by snapshot id."""
-        warm = (candidate for candidate in self._contenders() if self.warm_up(candidate).outcome == "PASS")
-        return self._until_passed(self._canary, warm)
+        """Canary verdicts of the contenders that pass warm-up, best first, up to the first that passes; as `warm_ups`."""
+        return self._until_passed(self._canary, after=self.warm_up)
 
     def promote_best(self, *, actor: str) -> Entry | None:
         """Judge every candidate against the champion, best MRR first, and promote the first that passes every gate and brings something.
@@ -210,7 +221,9 @@ class Round:
             try:
                 if any(given(candidate).outcome != "PASS" for given in (self.warm_up, self._canary)):
                     continue
-                entry = promote(self.store, candidate.snapshot_id, gate=self.gate, actor=actor, reason=verdict.summary)
+                entry = promote(
+                    self.store, candidate.snapshot_id, gate=self.gate, traffic=self.traffic, actor=actor, reason=verdict.summary
+                )
             except (PromotionRefused, SnapshotError) as error:
                 refusal = refusal or error
         self._cover_override()
@@ -252,13 +265,24 @@ class Round:
     def _canary(self, candidate: Evaluation) -> Verdict:
         return judge_canary(self.store, candidate, self._champion(), gate=self.gate, traffic=self.traffic)
 
-    @staticmethod
-    def _until_passed(given: Callable[[Evaluation], Verdict], contenders: Iterator[Evaluation]) -> dict[str, Verdict]:
-        verdicts = {}
-        for candidate in contenders:
-            verdict = verdicts[candidate.snapshot_id] = given(candidate)
+    def _until_passed(
+        self, given: Callable[[Evaluation], Verdict], *, after: Callable[[Evaluation], Verdict] | None = None
+    ) -> dict[str, Verdict]:
+        verdicts: dict[str, Verdict] = {}
+        damage: StoreError | None = None
+        for candidate in self._contenders():
+            try:
+                if after is not None and after(candidate).outcome != "PASS":
+                    continue
+                verdict = verdicts[candidate.snapshot_id] = given(candidate)
+            except StoreError as error:
+                self.damaged[candidate.snapshot_id] = str(error)
+                damage = damage or error
+                continue
             if verdict.outcome == "PASS":
-                break
+                return verdicts
+        if damage is not None:
+            raise damage
         return verdicts
 
     def _cover_override(self) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rag_assets import steps
+from rag_assets import steps, tracing
 from rag_assets.gating import Standing, standings
 from rag_assets.postgres import export, postgres
 from rag_assets.sources import corpus_source
@@ -74,7 +74,7 @@ def _execute_jobs(bench: Workbench, models: Sequence[str]) -> PromotionRefused |
     build, promote = (definitions.resolve_job_def(name) for name in ("build_and_evaluate" if measured else "build", "promote"))
     try:
         with dg.DagsterInstance.get() as instance:
-            _tell_abandoned(bench, end_abandoned_runs(instance))
+            _tell_abandoned(bench, instance, end_abandoned_runs(instance))
             shared: dict[str, Any] = {
                 "run_config": _QUIET,
                 "instance": instance,
@@ -84,7 +84,7 @@ def _execute_jobs(bench: Workbench, models: Sequence[str]) -> PromotionRefused |
             for name in models:
                 bench.reporter.note(f"── {name}")
                 try:
-                    build.execute_in_process(partition_key=name, **shared)
+                    tracing.execute(build, partition_key=name, **shared)
                 except DagsterAssetCheckFailedError as error:
                     if "mrr_floor" not in str(error):
                         raise
@@ -92,7 +92,7 @@ def _execute_jobs(bench: Workbench, models: Sequence[str]) -> PromotionRefused |
                 return None
             bench.reporter.note("── release")
             try:
-                promote.execute_in_process(**shared)
+                tracing.execute(promote, **shared)
             except PromotionRefused as refusal:
                 return refusal
             except DagsterAssetCheckFailedError as error:
@@ -105,6 +105,9 @@ def _execute_jobs(bench: Workbench, models: Sequence[str]) -> PromotionRefused |
     return None
 
 
-def _tell_abandoned(bench: Workbench, run_ids: Sequence[str]) -> None:
+def _tell_abandoned(bench: Workbench, instance: Any, run_ids: Sequence[str]) -> None:
     for run_id in run_ids:
+        record = instance.get_run_record_by_id(run_id)
+        run, started = record.dagster_run, record.start_time or record.create_timestamp.timestamp()
+        tracing.lost(run_id, job=run.job_name, partition=run.tags.get("dagster/partition"), started=started)
         bench.reporter.note(f"run {run_id[:8]} had lost its process and is now marked as failed")

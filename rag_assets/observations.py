@@ -9,9 +9,10 @@ import hashlib
 import io
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -31,6 +32,8 @@ Row = Mapping[str, Any]
 _FEWEST = 100
 _MERGED = "merged"
 _MADE_OF = b"ragline.made_of"
+_LOOKS = 3  # at a log that is tidied meanwhile
+_MERGED_KEPT = 1024  # merged parts whose rows of a canary are remembered
 _SETTLED = timedelta(minutes=10)  # after which no process still writes into an hour
 
 log = logging.getLogger(__name__)
@@ -75,23 +78,36 @@ def reference_window(store: Store, manifest_sha256: str, window: QueryWindow) ->
 def rows_since(store: Store, since: datetime, *, columns: Sequence[str], canary: int, most: int) -> list[Row]:
     """The first `most` rows from `since` on that were seen while the canary of this ledger entry ran, oldest first, with these columns.
 
-    A part that cannot be read is passed over and logged: one bad file must not switch off who watches.
+    A part that cannot be read is passed over and logged: one bad file must not switch off who watches. One that was merged meanwhile is read
+    where it is now.
     """
-    tables: list[pa.Table] = []
-    for key in _parts(store, since=since):
-        try:
-            table = _table(store, key, columns=("at", "canary", *columns))
-        except StoreError as error:
-            log.warning("not counted: %s", error)
-            continue
-        if "canary" in table.column_names:
-            tables.append(table.filter(pc.equal(table["canary"], canary)))
-        if sum(each.num_rows for each in tables) >= most:
-            break
+    tables: list[pa.Table] | None = None
+    for left in reversed(range(_LOOKS)):
+        if tables is None:
+            tables = _tables_since(store, since, columns=("at", "canary", *columns), canary=canary, most=most, again=left > 0)
     if not tables:
         return []
     rows: list[Row] = pa.concat_tables(tables, promote_options="default").sort_by("at").slice(0, most).to_pylist()
     return rows
+
+
+def _tables_since(store: Store, since: datetime, *, columns: tuple[str, ...], canary: int, most: int, again: bool) -> list[pa.Table] | None:
+    """The rows of each part, up to `most`; None when a part went away meanwhile, its rows may be in another now, and one may look `again`."""
+    tables: list[pa.Table] = []
+    for key in _parts(store, since=since):
+        read = _of_canary_merged if key.rpartition("/")[2].startswith(_MERGED) else _of_canary
+        try:
+            table = read(store, key, columns=columns, canary=canary)
+        except StoreError as error:
+            if again and not store.exists(key):
+                return None
+            log.warning("not counted: %s", error)
+            continue
+        if table is not None:
+            tables.append(table)
+        if sum(each.num_rows for each in tables) >= most:
+            break
+    return tables
 
 
 def tidy(store: Store, *, keep_days: float, now: datetime | None = None) -> int:
@@ -131,7 +147,7 @@ def _merge(store: Store, folder: str, hour: str, names: Sequence[str]) -> int:
         buffer = io.BytesIO()
         pq.write_table(made_of, buffer)
         store.create(f"{folder}/{merged}", buffer.getvalue())
-        replaced = set(parts)
+        replaced = frozenset(parts)
     else:
         replaced = _made_of(store, f"{folder}/{merged}")
     spent = [name for name in parts if name in replaced]
@@ -157,12 +173,31 @@ def _hour(name: str) -> str:
     return name.removeprefix(f"{_MERGED}-")[:2]
 
 
-def _made_of(store: Store, key: str) -> set[str]:
+def _made_of(store: Store, key: str) -> frozenset[str]:
+    """The names of the parts that a merged part replaced; none of one that is damaged or was taken away meanwhile."""
+    try:
+        return _replaced_by(store, key)
+    except StoreError:
+        return frozenset()
+
+
+def _read_replaced(store: Store, key: str) -> frozenset[str]:
     try:
         metadata = pq.read_metadata(io.BytesIO(store.read(key))).metadata or {}
-        return set(json.loads(metadata.get(_MADE_OF, b"[]")))
-    except (pa.ArrowInvalid, OSError):
-        return set()
+        return frozenset(json.loads(metadata.get(_MADE_OF, b"[]")))
+    except (pa.ArrowInvalid, OSError, ValueError):
+        raise StoreError(f"{key} is no Parquet file.", fix="Delete that file; its requests are not counted.") from None
+
+
+def _of_canary(store: Store, key: str, *, columns: tuple[str, ...], canary: int) -> pa.Table | None:
+    """The rows of a part that were seen while a canary ran; None for a part of before canaries were logged."""
+    table = _table(store, key, columns=columns)
+    return table.filter(pc.equal(table["canary"], canary)) if "canary" in table.column_names else None
+
+
+# parts are written once, and who watches a canary asks every half minute
+_replaced_by: Callable[..., frozenset[str]] = lru_cache(_MERGED_KEPT)(_read_replaced)
+_of_canary_merged: Callable[..., pa.Table | None] = lru_cache(_MERGED_KEPT)(_of_canary)
 
 
 def _table(store: Store, key: str, *, columns: Sequence[str] | None = None) -> pa.Table:
@@ -178,7 +213,12 @@ def _observed_queries(store: Store, most: int) -> list[str]:
     for key in _parts(store, newest_first=True):
         if len(queries) >= most:
             break
-        table = _table(store, key, columns=("query", "arm"))
+        try:
+            table = _table(store, key, columns=("query", "arm"))
+        except StoreError:
+            if store.exists(key):
+                raise
+            continue  # merged or taken away meanwhile
         asked = table["query"].to_pylist() if "query" in table.column_names else []
         arms = table["arm"].to_pylist() if "arm" in table.column_names else ["champion"] * len(asked)
         queries = [query for query, arm in zip(asked, arms, strict=False) if arm != "shadow" and query and query.strip()] + queries

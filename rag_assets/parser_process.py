@@ -162,7 +162,7 @@ def _answer(request: dict[str, Any], data: bytes) -> bytes:
     except RecursionError:
         reason, detail = "damaged", "it is nested too deeply"
     except BaseException as error:  # noqa: BLE001 - a panic of the Rust library is no Exception
-        reason, detail = "damaged", f"{type(error).__name__}: {error}"[:300]
+        reason, detail = "damaged", f"the parser raised {type(error).__name__}"
     return json.dumps({"reason": reason, "detail": detail}).encode()
 
 

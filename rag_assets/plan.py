@@ -12,31 +12,32 @@ from importlib.metadata import version
 
 import numpy as np
 
-from rag_assets import ingestion, steps
+from rag_assets import cutting, ingestion, steps
 from rag_assets.attributes import attributed_chunks
 from rag_assets.corpus import Table, table_batches, whole_table
 from rag_assets.earlier import RowIndex
 from rag_assets.embedding import known_fingerprint, missing
-from rag_assets.indexing import Recipe, affordable, find_parent, increment_from
+from rag_assets.increments import affordable, find_parent, increment_from
+from rag_assets.recipe import Recipe
 from rag_assets.survey import survey
 from rag_assets.throughput import read_throughput
 from rag_assets.vectors import EmbeddingCache
 from rag_assets.workbench import Workbench
 from rag_serving.snapshots import Manifest, manifests
-from rag_serving.store import Store
 
 _CHUNKS_A_DOCUMENT = 3.0  # before anything was cut
 
 
 @dataclass(frozen=True, slots=True)
 class CorpusPlan:
-    """Items of the source: `parse` are new or changed, `gone` are no longer there. `cut` documents become about `new_chunks` chunks.
+    """Items of the source: `changed` are new or changed, `parse` are those and what is parsed in another way now, `gone` are no longer there.
 
-    `chunks` is about how many there will be, `dropped` about how many of now will not.
+    `cut` documents become about `new_chunks` chunks. `chunks` is about how many there will be, `dropped` about how many of now will not.
     """
 
     items: int
     parse: int
+    changed: int
     gone: int
     cut: int
     new_chunks: int
@@ -53,7 +54,7 @@ class CorpusPlan:
 class ModelPlan:
     """Texts to embed, titles among them, and the snapshot: "none" when the current one stays, "incremental" or "full".
 
-    `minutes` is of embedding and indexing, from the speed of earlier runs; None without any.
+    `minutes` is of embedding and indexing, from the speed of earlier runs; None without any of at least a hundredth of the size.
     """
 
     model: str
@@ -89,7 +90,7 @@ def plan_corpus(bench: Workbench) -> CorpusPlan:
     tables = {name: whole_table(bench.store, name) for name in ("documents", "quarantine", "chunks", "cuts")}
     documents, quarantine, chunks, cuts = tables.values()
     parsed_alike = documents is not None and documents.basis == ingestion.documents_basis(bench)
-    cut_alike = cuts is not None and cuts.basis == ingestion.chunks_basis(bench)
+    cut_alike = cuts is not None and cuts.basis == cutting.chunks_basis(bench)
     found = _compare_items(bench, documents, quarantine)
     parse = found["new"] + found["changed"] if parsed_alike else found["items"]
     known = (documents.rows if documents else 0) + (quarantine.rows if quarantine else 0)
@@ -106,7 +107,17 @@ def plan_corpus(bench: Workbench) -> CorpusPlan:
         documents is not None and not parsed_alike
     )
     because += ["chunking or the tokenizer that sizes chunks changed: everything is cut again"] * (cuts is not None and not cut_alike)
-    return CorpusPlan(found["items"], parse, gone, cut, new_chunks, dropped, before - dropped + new_chunks, tuple(because))
+    return CorpusPlan(
+        found["items"],
+        parse,
+        found["new"] + found["changed"],
+        gone,
+        cut,
+        new_chunks,
+        dropped,
+        before - dropped + new_chunks,
+        tuple(because),
+    )
 
 
 def _compare_items(bench: Workbench, documents: Table | None, quarantine: Table | None) -> Mapping[str, int]:
@@ -135,8 +146,9 @@ def plan_model(bench: Workbench, name: str, corpus: CorpusPlan) -> ModelPlan:
         held_back = len(missing(cache, (texts for batch in batches for texts in steps.embedded_texts(batch)))[0])
         texts = held_back if corpus.unchanged else min(texts + held_back, 2 * corpus.chunks)
     snapshot, reasons = _plan_snapshot(bench, name, fingerprint, corpus)
-    embedding = _minutes(texts, embedding_rate(bench.store, fingerprint))
-    indexing = _minutes(corpus.chunks if snapshot != "none" else 0, steps.build_rate(bench, name, snapshot))
+    measured = read_throughput(bench.store, fingerprint)
+    embedding = _minutes(texts, (measured.texts, measured.seconds) if measured else None)
+    indexing = _minutes(corpus.chunks if snapshot != "none" else 0, steps.build_time(bench, name, snapshot))
     minutes = None if embedding is None or indexing is None else round(embedding + indexing, 4)
     return ModelPlan(name, texts, snapshot, minutes, tuple(reasons), exact=corpus.unchanged)
 
@@ -183,14 +195,10 @@ def _exhausted(recipe: Recipe, parent: Manifest, rows: int) -> str:
     return f"too many rows changed since the last full build (index.rebuild_share {recipe.index.rebuild_share:g})"
 
 
-def embedding_rate(store: Store, fingerprint: str) -> float | None:
-    """Texts a second that this model was measured at; None before its first embedding."""
-    measured = read_throughput(store, fingerprint)
-    return measured.per_second if measured else None
-
-
-def _minutes(count: int, per_second: float | None) -> float | None:
-    """How long this many take at a measured speed; None without one."""
+def _minutes(count: int, measured: tuple[int, float] | None) -> float | None:
+    """How long this many take, by how many seconds so many took; None without that, and when it is less than a hundredth of them."""
     if not count:
         return 0.0
-    return count / per_second / 60 if per_second else None
+    if measured is None or measured[0] * 100 < count:
+        return None
+    return count / measured[0] * measured[1] / 60

@@ -30,6 +30,7 @@ MARK = "HONCHO_PLATFORM"
 STOP_SECONDS = 10
 POLL_SECONDS = 0.5
 LOCAL_LLM_SECONDS = 120
+TRACED = frozenset({"embedder", "serving", "webserver", "daemon"})  # the last two start the processes of runs
 TRACES_EXPERIMENT = "0"  # MLflow's Default: it is there from the start
 
 
@@ -162,6 +163,7 @@ def llm_environment(settings: Settings) -> dict[str, str]:
         "RAGLINE_LLM_URL": f"{service.url(settings.places.host)}/v1",
         "RAGLINE_LLM_MODEL": settings.local_llm.model,
         "RAGLINE_DEADLINE_SECONDS": str(settings.places.deadline_seconds or LOCAL_LLM_SECONDS),
+        "RAGLINE_CONTEXT_TOKENS": str(settings.places.context_tokens or settings.local_llm.context_tokens),
     }
 
 
@@ -247,7 +249,7 @@ def _run(commands: dict[str, str], settings: Settings, databases: Databases, awa
     processes = _Processes(announce, console.file)
     env = {**environment(settings, databases), **(llm_environment(settings) if "llm" in commands else {}), MARK: processes.mark}
     for name, command in commands.items():
-        told = tracing(settings) if name in {"embedder", "serving"} else {}
+        told = tracing(settings) if name in TRACED else {}
         processes.add_process(name, command, env={**env, **told}, cwd=str(settings.root))
     try:
         processes.loop()

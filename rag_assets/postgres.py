@@ -3,6 +3,7 @@
 import logging
 import os
 import shlex
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,10 @@ MLFLOW_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_
 
 @dataclass(frozen=True)
 class Databases:
-    """Where Dagster and MLflow keep what they record. URLs are SQLAlchemy's, with the password; `mlflow_url` may be a tracking server."""
+    """Where Dagster and MLflow keep what they record: in databases, and what Dagster's runs leave in files below `dagster_home`.
+
+    URLs are SQLAlchemy's, with the password; `mlflow_url` may be a tracking server.
+    """
 
     dagster_url: str
     mlflow_url: str
@@ -54,10 +58,10 @@ def postgres(settings: Settings) -> Iterator[Databases]:
     Raises PlatformError when Dagster's configuration is not beside ragline.toml, or the server does not start, does not answer or refuses
     a database.
     """
-    home = settings.root / "dagster_home"
-    if not (home / "dagster.yaml").is_file():
+    given = settings.root / "dagster_home" / "dagster.yaml"
+    if not given.is_file():
         raise PlatformError(
-            f"no dagster.yaml in {home}.", fix=f"Run ragline in its checkout, or set RAGLINE_CONFIG to the {CONFIG_NAME} there."
+            f"no dagster.yaml in {given.parent}.", fix=f"Run ragline in its checkout, or set RAGLINE_CONFIG to the {CONFIG_NAME} there."
         )
     if settings.places.postgres_url is not None:
         yield _databases(settings, _given(settings.places.postgres_url.get_secret_value()))
@@ -141,7 +145,18 @@ def _databases(settings: Settings, dagster: URL, *, mlflow: str | None = None) -
     if tracking is None:
         tracking = _text(dagster.set(database=sibling))
         _create_mlflow_tables(dagster.set(database=sibling))
-    return Databases(dagster_url=_text(dagster), mlflow_url=tracking, dagster_home=settings.root / "dagster_home")
+    return Databases(dagster_url=_text(dagster), mlflow_url=tracking, dagster_home=_dagster_home(settings))
+
+
+def _dagster_home(settings: Settings) -> Path:
+    """The folder that Dagster's runs write to, with a copy of the configuration that is beside ragline.toml."""
+    home, given = settings.home / "dagster", settings.root / "dagster_home" / "dagster.yaml"
+    home.mkdir(parents=True, exist_ok=True)
+    configuration, new = home / given.name, home / f".{given.name}.{os.getpid()}"
+    if not configuration.is_file() or configuration.read_bytes() != given.read_bytes():
+        shutil.copyfile(given, new)
+        new.replace(configuration)
+    return home
 
 
 def _text(url: URL) -> str:

@@ -5,14 +5,13 @@ Live, previous, canary, pinned and current snapshots stay, and the newest few of
 was interrupted at any point is finished by the next one. Evidence of what was ever released stays.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from rag_assets.corpus import stale_parts
-from rag_serving.errors import SnapshotError
+from rag_assets.corpus import read_pointer, stale_parts
+from rag_serving.errors import SnapshotError, StoreError
 from rag_serving.releases import Action, Entry, Ledger, State
 from rag_serving.settings import Retention
 from rag_serving.snapshots import Manifest, read_manifest, snapshot_ids
@@ -46,7 +45,10 @@ class Plan:
 
 
 def plan(store: Store, retention: Retention) -> Plan:
-    """Decide from the ledger and the manifests alone. ReleaseError when the ledger is damaged: then nothing may be collected."""
+    """Decide from the ledger and the manifests alone.
+
+    ReleaseError when the ledger is damaged, StoreError when a pointer to what is in use is: then nothing may be collected.
+    """
     ledger = Ledger(store)
     entries = ledger.entries()
     state = ledger.state()
@@ -115,7 +117,15 @@ def _kept(store: Store, state: State, manifests: Mapping[str, Manifest | None], 
 def _current(store: Store) -> list[str]:
     """The snapshot that each embedding model's next evaluation measures."""
     names = [name for name in store.names("corpus") if name.startswith("snapshot-") and name.endswith(".json")]
-    return [str(json.loads(store.read(f"corpus/{name}"))["snapshot_id"]) for name in names]
+    return [_said(store, f"corpus/{name}", "snapshot_id") for name in names]
+
+
+def _said(store: Store, key: str, what: str) -> str:
+    """One value of a small JSON file that decides what stays; StoreError when it does not say: then nothing may be collected."""
+    value = read_pointer(store, key).get(what)
+    if not isinstance(value, str):
+        raise StoreError(f"{key} names no {what}.", fix="Delete that file; the next run makes it again.")
+    return value
 
 
 def _snapshots(manifests: Mapping[str, Manifest | None], kept: Mapping[str, str]) -> Iterator[Garbage]:
@@ -139,8 +149,8 @@ def _evidence(store: Store, needed: frozenset[str]) -> Iterator[Garbage]:
 def _embeddings(store: Store, manifests: Mapping[str, Manifest | None], kept: Mapping[str, str], retention: Retention) -> Iterator[Garbage]:
     """Vectors of fingerprints that no kept snapshot has and no configured model had when it last embedded, untouched for long."""
     names = store.names("embeddings")
-    rows = [json.loads(store.read(f"embeddings/{name}")) for name in names if name.endswith(".model.json")]
-    fingerprints = {str(row["fingerprint"]) for row in rows} | {manifest.fingerprint for name in kept if (manifest := manifests[name])}
+    configured = {_said(store, f"embeddings/{name}", "fingerprint") for name in names if name.endswith(".model.json")}
+    fingerprints = configured | {manifest.fingerprint for name in kept if (manifest := manifests[name])}
     used = {fingerprint[:32] for fingerprint in fingerprints}
     unreadable = any(manifest is None for manifest in manifests.values())
     for name in names:

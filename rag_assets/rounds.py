@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from evals.collections import EvalSet
 from rag_assets import steps
 from rag_assets.evaluation import Evaluation, read_evaluation
-from rag_assets.gating import Round, given_verdicts, keep_verdict
+from rag_assets.gating import Round, given_verdicts, judged, keep_verdict
 from rag_assets.warmup import P95, WarmUp, warm_up, warm_up_gate
 from rag_assets.workbench import Workbench
 from rag_serving import promotion
@@ -14,6 +14,7 @@ from rag_serving.encoding import LocalEncoder, require_fingerprint
 from rag_serving.errors import ConfigError, PromotionRefused, SnapshotError
 from rag_serving.releases import Entry, Ledger, current_actor
 from rag_serving.settings import Settings
+from rag_serving.signals import contract, work
 from rag_serving.snapshots import Manifest, read_manifest
 from rag_serving.verdicts import RETRIEVAL_QUALITY, WARM_UP, Verdict, read_verdict, trusted_verdict
 
@@ -51,6 +52,7 @@ def current_verdicts(bench: Workbench, gate: str) -> dict[str, Verdict]:
     return found
 
 
+@work.worked(contract.JUDGE, judged)
 def judge_warm_up(bench: Workbench, candidate: Evaluation, eval_set: EvalSet) -> Verdict:
     """The warm-up verdict of a snapshot: the stored PASS while it is fresh and of the same limit, else measured and stored."""
     limit_ms = bench.settings.gate.warm_up_p95_ms
@@ -102,6 +104,7 @@ def promote_named(settings: Settings, named: str, *, override: bool, allow_shrin
         bench.store,
         snapshot_id,
         gate=settings.gate,
+        traffic=settings.canary,
         actor=current_actor(settings.places.actor),
         reason=reason or ("" if override else "promoted by hand"),
         override=override,

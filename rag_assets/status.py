@@ -117,7 +117,7 @@ def print_status(console: Console, facts: dict[str, Any]) -> None:
     console.print(
         f"[bold green]release {facts['release']}[/]  {champion['embedding_model']}  [dim]{champion['snapshot_id']}[/]", highlight=False
     )
-    console.print(f"  {champion['documents']:,} documents, {champion['chunks']:,} chunks; {shown}", highlight=False)
+    console.print(f"  {champion['documents']:,} documents, {champion['chunks']:,} chunks; {shown or 'not measured'}", highlight=False)
     print_grounds(console, champion)
     previous, canary = facts["previous"], facts["canary"]
     console.print(f"  previous: {previous['snapshot_id'] if previous else 'none'}", highlight=False)

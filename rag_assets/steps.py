@@ -1,4 +1,4 @@
-"""From chunks to an evaluated and released snapshot: steps as plain functions of a workbench, called by assets and `ragline compare`."""
+"""From a source to an evaluated and released snapshot: steps as plain functions of a workbench, called by assets and `ragline compare`."""
 
 import asyncio
 import hashlib
@@ -15,14 +15,17 @@ import pyarrow as pa
 from evals.collections import EvalSet, open_eval_set
 from rag_assets.attributes import attributed_chunks, attributes_sha256
 from rag_assets.background import background_of, require_uncontaminated
-from rag_assets.corpus import require_table, table_batches
+from rag_assets.corpus import read_pointer, require_table, table_batches
+from rag_assets.cutting import aliases, split_chunks
 from rag_assets.embedding import embed_missing, remember_fingerprint
 from rag_assets.evaluation import Evaluation, evaluate, read_evaluation
 from rag_assets.freezing import Coverage, Health, cover
-from rag_assets.indexing import Recipe, find_parent, publish_snapshot
-from rag_assets.ingestion import aliases, document_ids
+from rag_assets.increments import find_parent
+from rag_assets.indexing import publish_snapshot
+from rag_assets.ingestion import Ingested, document_ids, list_source_files, parse_documents
 from rag_assets.local_reranking import local_reranker, rerank_rule
 from rag_assets.measurement import held_documents
+from rag_assets.recipe import Recipe
 from rag_assets.survey import Rows, survey
 from rag_assets.throughput import TimedEncoder, add_throughput
 from rag_assets.vectors import EmbeddingCache, Vectors, text_keys
@@ -31,6 +34,7 @@ from rag_serving.encoding import LocalEncoder
 from rag_serving.errors import SnapshotError
 from rag_serving.passages import embedded_text
 from rag_serving.retrieval import QUERY_CODE, open_table
+from rag_serving.signals import contract, work
 from rag_serving.snapshots import Manifest, read_manifest, snapshot_key
 from rag_serving.store import Store
 
@@ -67,6 +71,11 @@ class BuiltSnapshot:
         return self.health is None
 
 
+def ingest_corpus(bench: Workbench) -> tuple[Ingested, Ingested, Ingested]:
+    """Bring the corpus tables up to the source: its listed files, their documents, and the chunks of these. Raises SourceError."""
+    return list_source_files(bench), parse_documents(bench), split_chunks(bench)
+
+
 def embed_corpus(bench: Workbench, model_name: str) -> EmbeddedCorpus:
     """Embed every chunk and every title that the store does not have yet, then read every vector back."""
     started = time.perf_counter()
@@ -87,6 +96,7 @@ def embed_corpus(bench: Workbench, model_name: str) -> EmbeddedCorpus:
     return EmbeddedCorpus(rows, covered, model.dims, computed, model.fingerprint, digest.hexdigest(), norm_error, seconds)
 
 
+@work.worked(contract.EMBED, lambda computed: {contract.COMPUTED: computed})
 def _embed_missing(bench: Workbench, model_name: str) -> int:
     model = bench.model(model_name)
     remember_fingerprint(bench.store, bench.settings.model(model_name), model.fingerprint)
@@ -127,6 +137,10 @@ def recipe_of(bench: Workbench, model_name: str, *, fingerprint: str) -> Recipe:
     )
 
 
+@work.worked(
+    contract.INDEX,
+    lambda made: {contract.SNAPSHOT_ID: made.manifest.snapshot_id, contract.ROWS: made.manifest.rows, contract.AS_BEFORE: made.reused},
+)
 def snapshot_corpus(bench: Workbench, model_name: str) -> BuiltSnapshot:
     """Build the snapshot of the current chunks for one embedding model, or find the one built from the same inputs."""
     model = bench.model(model_name)
@@ -174,16 +188,15 @@ def current_snapshot(bench: Workbench, model_name: str) -> Manifest | None:
     return read_manifest(bench.store, pointer["snapshot_id"]) if pointer else None
 
 
-def build_rate(bench: Workbench, model_name: str, built: str) -> float | None:
-    """Rows a second at the last "full" or "incremental" build of a model's snapshot; None before the first."""
+def build_time(bench: Workbench, model_name: str, built: str) -> tuple[int, float] | None:
+    """Rows and seconds of the last "full" or "incremental" build of a model's snapshot; None before the first."""
     record = _current(bench.store, model_name).get(f"{built}_build")
-    return record["rows"] / max(record["seconds"], 1e-3) if record else None
+    return (record["rows"], record["seconds"]) if record else None
 
 
 def _current(store: Store, model_name: str) -> dict[str, Any]:
     key = _current_key(model_name)
-    pointer: dict[str, Any] = json.loads(store.read(key)) if store.exists(key) else {}
-    return pointer
+    return read_pointer(store, key) if store.exists(key) else {}
 
 
 def _current_key(model_name: str) -> str:
@@ -198,6 +211,17 @@ def load_eval_set(bench: Workbench) -> EvalSet:
     return eval_set.standing_in(aliases(bench))
 
 
+def _measured(evaluation: Evaluation) -> work.Facts:
+    queries, as_before = int(evaluation.metrics["queries"]), evaluation.reused
+    return {
+        contract.SNAPSHOT_ID: evaluation.snapshot_id,
+        contract.QUERIES: queries,
+        contract.MRR: evaluation.mrr,
+        contract.AS_BEFORE: as_before,
+    }
+
+
+@work.worked(contract.MEASURE, _measured)
 def evaluate_snapshot(bench: Workbench, manifest: Manifest, eval_set: EvalSet, *, fresh: bool = False) -> Evaluation:
     """Measure a snapshot with its own embedding model, or return the stored evaluation while it is young enough, unless `fresh` is asked.
 

@@ -22,8 +22,10 @@ from evals.reports import LeaderboardRow, leaderboard_markdown
 from rag_assets.comparison import Comparison
 from rag_assets.evaluation import Evaluation, evaluation_history, read_evaluation, read_rows
 from rag_assets.links import dagster_run_url, mlflow_run_url
+from rag_assets.tracing import trace_id_of_run
 from rag_serving.errors import StoreError
 from rag_serving.settings import Settings
+from rag_serving.signals.redaction import redacted
 from rag_serving.snapshots import Manifest
 from rag_serving.store import Store
 
@@ -228,6 +230,7 @@ class Runs:
             tags["ragline.fingerprint"] = manifest.fingerprint
         if dagster_run:
             tags |= {"dagster.run_id": dagster_run, "dagster.run_url": dagster_run_url(self._settings, dagster_run)}
+            tags["ragline.trace_id"] = trace_id_of_run(dagster_run)
         return tags
 
 
@@ -268,7 +271,7 @@ def parameters(evaluation: Evaluation, manifest: Manifest | None) -> dict[str, s
 
 def _table(rows: Sequence[Mapping[str, Any]], eval_set: EvalSet | None) -> dict[str, list[Any]]:
     """The rows by column, with the first documents that came and, from the eval set, what was asked and expected."""
-    texts = {query.query_id: query.text for query in eval_set.queries} if eval_set else {}
+    texts = {query.query_id: redacted(query.text) for query in eval_set.queries} if eval_set else {}
     table: dict[str, list[Any]] = {"query_id": [row["query_id"] for row in rows]}
     if eval_set:
         table["query"] = [texts.get(row["query_id"], "") for row in rows]

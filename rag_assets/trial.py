@@ -31,7 +31,8 @@ _OVERLAPS = ("documents", "wording")
 class Signal:
     """One quality of answers, compared: the canary's value minus the champion's, in the order of time, from -1 to 1.
 
-    A request that both answered is compared with itself. Of a split, the mean over canary answers that follow one another is compared with
+    A request that both were asked is compared with itself; where one of the two has nothing to judge, such as citations when it abstained, it
+    says nothing, since other requests are easier. Of a split, the mean over canary answers that follow one another is compared with
     the mean over the champion answers just before them.
     """
 
@@ -59,7 +60,7 @@ def trial_of(store: Store, *, snapshot_id: str, champion: str, settings: Canary)
     if not named or named[-1].evidence.get("champion") != champion:
         return None
     since = datetime.fromisoformat(named[-1].at)
-    rows = rows_since(store, since, columns=(*_COLUMNS, *_OVERLAPS), canary=named[-1].number, most=MOST_ROWS)
+    rows = _traffic(rows_since(store, since, columns=(*_COLUMNS, *_OVERLAPS), canary=named[-1].number, most=MOST_ROWS))
     answers = [row for row in rows if row["snapshot_id"] == snapshot_id and row["kind"] != "feedback"]
     return Trial(
         named[-1], len(answers), tuple(signals(rows, snapshot_id=snapshot_id, champion=champion, settings=settings)), _alike(answers)
@@ -108,6 +109,12 @@ def harm_alert(shown: Harm) -> Alert:
     return Alert("canary_harm", Severity.CRITICAL, f"The canary does harm. {shown.reason}. End it with `ragline abort`.", facts)
 
 
+def _traffic(rows: Sequence[Row]) -> list[Row]:
+    """The rows without those of requests that asked to see both answers, and without thumbs for these."""
+    side_by_side = {row["trace_id"] for row in rows if row["kind"] == "compare"}
+    return [row for row in rows if row["trace_id"] not in side_by_side]
+
+
 def signals(rows: Sequence[Row], *, snapshot_id: str, champion: str, settings: Canary) -> list[Signal]:
     """What the rows of a canary say of `snapshot_id` against `champion`, one signal for each quality that both were seen with."""
     found = [Signal(name, _differences(rows, snapshot_id, champion, value)) for name, value in _qualities(settings.slow_ms).items()]
@@ -137,7 +144,9 @@ def _qualities(slow_ms: float) -> dict[str, Callable[[Row], float | None]]:
 
 
 def _differences(rows: Sequence[Row], snapshot_id: str, champion: str, value: Callable[[Row], float | None]) -> tuple[float, ...]:
-    tried = {row["trace_id"] for row in rows if row["snapshot_id"] == snapshot_id and row["kind"] != "feedback"}
+    tried, answered = (
+        {row["trace_id"] for row in rows if row["snapshot_id"] == arm and row["kind"] != "feedback"} for arm in (snapshot_id, champion)
+    )
     champions = {row["trace_id"]: its for row in rows if row["snapshot_id"] == champion and (its := value(row)) is not None}
     paired, alone = [], []
     for row in rows:
@@ -145,10 +154,10 @@ def _differences(rows: Sequence[Row], snapshot_id: str, champion: str, value: Ca
         ours = row["snapshot_id"] == snapshot_id
         if its is None or not (ours or row["snapshot_id"] == champion):
             continue
-        if ours and row["kind"] != "feedback" and row["trace_id"] in champions:
-            paired.append((row["at"], its - champions[row["trace_id"]]))
-        elif ours or row["kind"] == "feedback" or row["trace_id"] not in tried:
+        if row["kind"] == "feedback" or row["trace_id"] not in (answered if ours else tried):
             alone.append((row["at"], ours, its))
+        elif ours and row["trace_id"] in champions:
+            paired.append((row["at"], its - champions[row["trace_id"]]))
     runs = [(ours, list(run)) for ours, run in groupby(alone, key=lambda each: each[1])]
     means = [(ours, run[-1][0], sum(its for *_, its in run) / len(run)) for ours, run in runs]
     split = [(at, mine - its) for (_, _, its), (ours, at, mine) in pairwise(means) if ours]

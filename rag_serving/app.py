@@ -1,7 +1,9 @@
 """The serving process: its parts put together, started and stopped. Addresses are in routes.py, the work is in pipeline.py."""
 
+import gc
+import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import uvicorn
 from fastapi import FastAPI
@@ -16,9 +18,10 @@ from rag_serving.edge.limits import BodyLimit
 from rag_serving.edge.openapi import describe
 from rag_serving.edge.origins import Origins
 from rag_serving.edge.page_files import read_page
-from rag_serving.edge.ports import require_port
+from rag_serving.edge.ports import listening, require_port
 from rag_serving.edge.problems import add_problems, refusal
 from rag_serving.edge.routes import routes
+from rag_serving.embedding.vector_probe import VectorProbe
 from rag_serving.generation import Writer
 from rag_serving.live import Live
 from rag_serving.observations import ObservationLog
@@ -30,6 +33,7 @@ from rag_serving.writing.llm import LanguageModel
 
 MOST_BODY_BYTES = 64 << 10
 BODY_SECONDS = 10.0
+_NOT_STARTED = 3  # the exit code of uvicorn.run
 _TOO_LONG = f"The body is longer than {MOST_BODY_BYTES} bytes."
 
 
@@ -40,7 +44,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     await edge.start()
     service.live.start()
     service.traffic.start()
+    app.state.probe.start()
     yield
+    await app.state.probe.stop()
     await service.traffic.stop()
     await service.live.stop()
     await service.writer.aclose()
@@ -58,8 +64,9 @@ def create_app(settings: Settings, *, store: Store | None = None, tracing: Trace
     live = Live(app.state.store, settings)
     observations = ObservationLog(app.state.store, settings.canary)
     writer = Writer(LanguageModel.configured(settings), settings.generation.llm_timeout_seconds, settings.guards)
-    traffic = Traffic(live, observations, settings.canary, busy=lambda: telemetry.inflight() > settings.admission.concurrency // 2)
+    traffic = Traffic(live, observations, settings.canary, busy=lambda: telemetry.inflight() > max(1, settings.admission.concurrency // 8))
     app.state.service = Service(settings, live, traffic, writer)
+    app.state.probe = VectorProbe(live, settings)
     app.state.edge = Edge(settings, app.state.store)
     app.state.assets = read_page()
     app.state.tracer = tracer
@@ -82,7 +89,7 @@ def serve(settings: Settings, *, host: str, port: int) -> None:
     logs.configure(settings.places.log_format, settings.places.log_level)
     telling = settings.telemetry
     tracing = telemetry.exporting_provider(service="ragline", share=telling.share, slow_seconds=telling.slow_seconds)
-    uvicorn.run(
+    config = uvicorn.Config(
         create_app(settings, store=store, tracing=tracing),
         host=host,
         port=port,
@@ -91,4 +98,11 @@ def serve(settings: Settings, *, host: str, port: int) -> None:
         ws="none",
         timeout_keep_alive=75,
         timeout_graceful_shutdown=10,
+        proxy_headers=False,
     )
+    server = uvicorn.Server(config)
+    gc.freeze()  # a full collection looks at what will be garbage, not at every module: it stops all requests for as long as it takes
+    with suppress(KeyboardInterrupt):
+        server.run(sockets=[listening(config)])
+    if not server.started:
+        sys.exit(_NOT_STARTED)

@@ -20,13 +20,14 @@ from typing import Any, Generic, Literal, TypeVar
 from opentelemetry.trace import NoOpTracer
 
 from rag_serving.deadline import Deadline
-from rag_serving.errors import NotReady, RaglineError
+from rag_serving.errors import NotReady, RaglineError, in_log
 from rag_serving.exchange import Exchange
 from rag_serving.live import Live
 from rag_serving.observations import Arm, Kind, Observation, ObservationLog
 from rag_serving.opened import Serving
 from rag_serving.retrieval import Hit
 from rag_serving.settings import Canary
+from rag_serving.signals.redaction import redacted
 from rag_serving.wording import terms
 from rag_serving.writing.extraction import Answer
 
@@ -153,7 +154,11 @@ class Traffic:
         return result
 
     async def compared(self, work: Work[T], exchange: Exchange) -> tuple[T, tuple[T, Exchange] | None]:
-        """The champion's result, and the canary's with an exchange of its own: None when no canary is open or it failed."""
+        """The champion's result, and the canary's with an exchange of its own: None when no canary is open or it failed.
+
+        Both are logged as `compare`, and count neither as traffic nor as shadows.
+        """
+        work = replace(work, kind="compare")
         result, account = await self._by_champion(work, exchange)
         canary = self._live.canary
         if canary is None or self._stage(canary) == "off":
@@ -183,7 +188,7 @@ class Traffic:
         self._failures[entry] += 1
         if self._failures[entry] in (1, MOST_FAILURES):
             then = "it is only shadowed from now on" if self._failures[entry] == MOST_FAILURES else "the champion answers"
-            log.warning("the canary %s failed, %s: %s %s", canary.snapshot_id, then, type(error).__name__, error)
+            log.warning("the canary %s failed, %s: %s", canary.snapshot_id, then, in_log(error))
 
     async def _by_champion(self, work: Work[T], exchange: Exchange) -> tuple[T, Account]:
         before = _collected(exchange)
@@ -217,11 +222,12 @@ class Traffic:
             with self._live.borrow("canary") as canary:
                 result, _ = await self._on(canary, work, exchange, arm="shadow", seconds=exchange.deadline.remaining, seen=seen)
         except Exception as error:  # noqa: BLE001 - it is in the log of observations
-            self.counts["failed"] += 1
-            log.info("a shadow answer failed: %s %s", type(error).__name__, error)
+            self.counts["failed"] += work.kind != "compare"
+            log.info("a shadow answer failed: %s", in_log(error))
             return None
-        self.counts["shadowed"] += 1
-        self._compared[canary.canary or 0] += 1
+        if work.kind != "compare":
+            self.counts["shadowed"] += 1
+            self._compared[canary.canary or 0] += 1
         return result, exchange
 
     async def _on(
@@ -229,7 +235,7 @@ class Traffic:
     ) -> tuple[T, Account]:
         """Run the work on an opened snapshot within `seconds`, and log it; a shadow is compared with what the champion was `seen` to say."""
         row = self._row(work.kind, exchange.trace_id, serving, arm=arm)
-        row = replace(row, query=work.query if self._settings.log_text else None)
+        row = replace(row, query=redacted(work.query) if self._settings.log_text else None)
         started, before = time.perf_counter(), len(exchange.guards)
         try:
             async with asyncio.timeout(seconds):

@@ -1,7 +1,7 @@
 """The embedding service: an OpenAI-shaped `/v1/embeddings` over the configured models, one process for all who need vectors.
 
-One thread computes (`batching`). Waiting queries are encoded together and go before documents, and documents are cut into small pieces, so
-a bulk load delays a query by one piece at most. Beyond the OpenAI shape: `input_type` (which prompt), the model's `fingerprint` in each
+A few threads compute (`batching`). Waiting queries are encoded together; documents are cut into small pieces and get what queries leave of the
+cores, so a bulk load delays a query by one piece at most. Beyond the OpenAI shape: `input_type` (which prompt), the model's `fingerprint` in each
 reply, and `X-Ragline-Deadline-Ms`: work that nobody waits for any more when its turn comes is dropped.
 """
 
@@ -28,22 +28,23 @@ from rag_serving.deadline import Deadline
 from rag_serving.edge.draining import DrainingServer
 from rag_serving.edge.limits import BodyLimit
 from rag_serving.edge.ports import require_port
-from rag_serving.embedding.batching import Bench, Overloaded
+from rag_serving.embedding.batching import Bench
 from rag_serving.embedding.embedder_metrics import EmbedderMetrics
 from rag_serving.embedding.embeddings_wire import DEADLINE_HEADER, EmbeddingsReply, EmbeddingsRequest, ModelCard, ModelList, reply_body
 from rag_serving.embedding.ranking_service import add_ranking
 from rag_serving.embedding.shelf import Shelf
 from rag_serving.embedding.traced import Traced
+from rag_serving.embedding.turns import Overloaded
 from rag_serving.errors import DeadlineExceeded, RaglineError
-from rag_serving.models import EmbeddingModel, UnusableText
+from rag_serving.models import UnusableText
 from rag_serving.settings import Settings
 from rag_serving.signals import contract, logs
 
 Vectors = npt.NDArray[np.float32]
 
 MOST_BYTES = 8 << 20  # of one request body
+FRESH_SECONDS = 2.0  # a model that made a vector so recently is ready
 SWITCH_SECONDS = 0.0005  # how soon the computing thread gets the interpreter back; the default of 5 ms starves it under load
-_LONG = 20_000  # characters: counting their tokens would hold up the event loop
 
 _TOO_LONG = f"The body is longer than {MOST_BYTES} bytes. Send fewer texts at once."
 
@@ -125,13 +126,13 @@ async def _embedded(request: Request) -> Response:
     telemetry.note({contract.REQUEST_MODEL: body.model, contract.BATCH: len(texts)})
     work = bench.submit(model, texts, query=body.input_type == "query", deadline=deadline)
     try:
-        tokens = await _tokens(model, texts)  # while the thread computes
-        vectors = await work
-    except UnusableText:  # its message has the text, which callers would log
+        embedded = await work
+    except UnusableText:
         raise Refusal(422, "The model makes no usable vector of a text.", code="unusable_text", param="input") from None
     finally:
         work.cancel()
-    return Response(reply_body(body, vectors, tokens=tokens, fingerprint=model.fingerprint), media_type="application/json")
+    reply = reply_body(body, embedded.vectors, tokens=embedded.tokens, fingerprint=model.fingerprint)
+    return Response(reply, media_type="application/json")
 
 
 def _deadline(request: Request) -> Deadline | None:
@@ -155,12 +156,6 @@ def _read(content_type: str, body: bytes) -> EmbeddingsRequest:
         raise Refusal(400, f"{where}: {first['msg']}", code=first["type"], param=param) from None
 
 
-async def _tokens(model: EmbeddingModel, texts: Sequence[str]) -> int:
-    if sum(map(len, texts)) > _LONG:
-        return sum(await asyncio.to_thread(model.count_tokens, texts))
-    return sum(model.count_tokens(texts))
-
-
 @routes.get("/v1/models")
 async def models(request: Request) -> ModelList:
     shelf = request.app.state.shelf
@@ -179,14 +174,18 @@ async def livez() -> dict[str, str]:
 
 @routes.get("/readyz")
 async def readyz(request: Request) -> JSONResponse:
-    """Ready when each preloaded model has just embedded a text, and the service is not about to end."""
+    """Ready when each preloaded model has embedded a text within the last seconds, or does so now, before all that wait.
+
+    Never when the service is about to end.
+    """
     shelf, bench = request.app.state.shelf, request.app.state.bench
     if request.app.state.draining:
         return JSONResponse({"status": "not ready", "models": dict.fromkeys(request.app.state.preload, "ending")}, status_code=503)
     state: dict[str, str] = {}
     for name in request.app.state.preload:
         if name in shelf.loaded:
-            await bench.encode(shelf.loaded[name], ["ready?"], query=True)
+            if bench.idle(shelf.loaded[name]) > FRESH_SECONDS:
+                await bench.submit(shelf.loaded[name], ["ready?"], query=True, first=True)
             state[name] = "ready"
         else:
             state[name] = shelf.failed.get(name, "loading")
@@ -255,6 +254,14 @@ def serve(settings: Settings, *, models: Sequence[str], host: str, port: int) ->
         app.state.draining = True
 
     config = uvicorn.Config(
-        app, host=host, port=port, access_log=False, log_config=None, ws="none", timeout_keep_alive=75, timeout_graceful_shutdown=10
+        app,
+        host=host,
+        port=port,
+        access_log=False,
+        log_config=None,
+        ws="none",
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=10,
+        proxy_headers=False,
     )
     DrainingServer(config, seconds=settings.embedder.drain_seconds, drain=drain).run()

@@ -6,6 +6,7 @@ RaglineError
 ├── ModelError             an embedding model cannot be had, verified or loaded
 ├── StoreError             bytes are missing, damaged or cannot be written
 │   ├── SnapshotError      a snapshot is missing, incomplete or altered
+│   │   └── SearchUnavailable  nothing of an opened one can be searched or read now
 │   └── AlreadyExists      a create-if-absent found the key taken
 ├── ReleaseError           the ledger refuses an entry
 │   ├── ReleaseConflict    another writer appended first
@@ -60,6 +61,10 @@ class StoreError(RaglineError):
 
 class SnapshotError(StoreError):
     code = "snapshot"
+
+
+class SearchUnavailable(SnapshotError):
+    code = "search_unavailable"
 
 
 class AlreadyExists(StoreError):
@@ -159,3 +164,11 @@ class NotReady(RaglineError):
 
 class PlatformError(RaglineError):
     code = "platform"
+
+
+def in_log(error: BaseException) -> str:
+    """What a log may tell of an error met while a request is answered: ours in their own words, of others the kind alone.
+
+    Messages of libraries quote what they were given, and that is what somebody asked or wrote.
+    """
+    return str(error) if isinstance(error, RaglineError) else type(error).__name__

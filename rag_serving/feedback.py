@@ -1,6 +1,7 @@
 """What people say of answers, and what they asked: kept as a queue of queries that wait for a judgment.
 
-A question enters the queue once, whoever asks it again; it holds the words of the question, because a person chose to send them.
+A question enters the queue once, whoever asks it again; it holds the words of the question, because a person chose to send them, without
+secrets and personal data.
 `ragline label` turns the queue into judged queries of an eval set.
 """
 
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from rag_serving.admission import clean_text
 from rag_serving.errors import AlreadyExists, StoreError
+from rag_serving.signals.redaction import redacted
 from rag_serving.store import Store
 
 QUEUE = "reviews/queue"
@@ -70,12 +72,12 @@ def propose(
     comment: str = "",
 ) -> bool:
     """Queue a query for judgment; False when it is queued or settled already, or the queue is full. Raises QueryError for what is no text."""
-    text = clean_text(query)
+    text = redacted(clean_text(query))
     review_id = review_id_of(text)
     if store.exists(f"{SETTLED}/{review_id}.json") or len(store.names(QUEUE)) >= MOST_WAITING:
         return False
     at = datetime.now(UTC).isoformat(timespec="seconds")
-    waiting = Waiting(review_id, text, origin, at, verdict, snapshot_id, tuple(doc_ids), comment)
+    waiting = Waiting(review_id, text, origin, at, verdict, snapshot_id, tuple(doc_ids), redacted(comment))
     try:
         store.create(f"{QUEUE}/{review_id}.json", json.dumps(asdict(waiting), ensure_ascii=False).encode())
     except AlreadyExists:

@@ -73,13 +73,18 @@ class Writer:
         deadline = Deadline.after(min(self.seconds, exchange.deadline.remaining - RESERVE_SECONDS))
         try:
             with telemetry.chatting(model.model) as call:
-                async with aclosing(model.write(prompt(query, passages, nonce=nonce), deadline=deadline, usage=usage)) as pieces:
-                    async for piece in pieces:
-                        call.began()
-                        await exchange.wrote(check.feed(through.feed(piece)))
-                        if through.blocked or through.full:
-                            break
-                telemetry.record({contract.INPUT_TOKENS: usage.prompt_tokens or 0, contract.OUTPUT_TOKENS: usage.completion_tokens or 0})
+                try:
+                    async with aclosing(model.write(prompt(query, passages, nonce=nonce), deadline=deadline, usage=usage)) as pieces:
+                        async for piece in pieces:
+                            call.began()
+                            await exchange.wrote(check.feed(through.feed(piece)))
+                            if through.blocked or through.full:
+                                break
+                finally:
+                    telemetry.record(
+                        {contract.INPUT_TOKENS: usage.prompt_tokens or 0, contract.OUTPUT_TOKENS: usage.completion_tokens or 0}
+                    )
+                    telemetry.ended(usage.ended)
         except LanguageModelError as error:
             failure = error
         with telemetry.guarding("output"):

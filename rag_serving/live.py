@@ -7,19 +7,18 @@ changes nothing for the champion.
 """
 
 import asyncio
-import importlib
 import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 
-from rag_serving import telemetry
+from rag_serving import connections, search_threads, telemetry
 from rag_serving.errors import NotReady, ReleaseError, SnapshotError
-from rag_serving.opened import Arm, OpenSnapshot, Serving, open_release
+from rag_serving.opened import Arm, Encoders, OpenSnapshot, Serving, open_release
 from rag_serving.releases import Entry, Ledger, Release, State, fold
 from rag_serving.settings import Settings
-from rag_serving.snapshots import MANIFEST, Manifest, snapshot_key, verify
+from rag_serving.snapshots import MANIFEST, Manifest, snapshot_key, stamp_of, verify
 from rag_serving.store import Store
 from rag_serving.trouble import Problem, Trouble
 
@@ -37,6 +36,7 @@ class Live:
         self._store = store
         self._ledger = Ledger(store)
         self._settings = settings
+        self._encoders = Encoders(settings)
         self._open: dict[str, OpenSnapshot] = {}
         self._closings: set[asyncio.Task[None]] = set()
         self._followed = -1
@@ -113,7 +113,8 @@ class Live:
         return await asyncio.to_thread(self._store.exists, f"{snapshot_key(serving.snapshot_id)}/{MANIFEST}")
 
     async def _follow(self) -> None:
-        await asyncio.to_thread(importlib.import_module, "lancedb")
+        await asyncio.to_thread(search_threads.start)
+        await asyncio.to_thread(connections.tls)
         while True:
             await self._catch_up()
             await asyncio.sleep(self._settings.serving.poll_seconds)
@@ -179,8 +180,7 @@ class Live:
         try:
             snapshot = self._open[champion.snapshot_id]
             if snapshot.recheck:
-                await asyncio.to_thread(verify, self._store, champion.snapshot_id)
-                snapshot.recheck = False
+                await asyncio.to_thread(self._recheck, snapshot)
             if previous is not None and previous.snapshot_id not in self._open:
                 await self._opened(previous)
         except Exception as error:  # noqa: BLE001 - as in _catch_up
@@ -197,8 +197,17 @@ class Live:
         else:
             self._canary_trouble.clear()
 
+    def _recheck(self, snapshot: OpenSnapshot) -> None:
+        """Verify an open snapshot again, unless its files are untouched since they were verified."""
+        snapshot_id = snapshot.retriever.snapshot_id
+        stamp = stamp_of(self._store, snapshot_id)
+        if stamp != snapshot.stamp:
+            verify(self._store, snapshot_id)
+            snapshot.stamp = stamp
+        snapshot.recheck = False
+
     async def _opened(self, release: Release) -> OpenSnapshot:
-        opened = await open_release(self._store, release, self._settings, self._closings)
+        opened = await open_release(self._store, release, self._settings, self._encoders, self._closings)
         self._open[release.snapshot_id] = opened
         return opened
 

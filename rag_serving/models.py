@@ -6,43 +6,29 @@ only when a model that needs it is loaded; `hashing:DIMS` needs neither torch no
 
 import hashlib
 import json
-import logging
-import os
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from rag_serving.embedding import hashing, weights
+from rag_serving.embedding.cpu import thread_count
 from rag_serving.embedding.onnx import OnnxEncoder, graph_of
-from rag_serving.embedding.packing import packed_encoder
-from rag_serving.embedding.tokens import TokenEncoding, hashing_tokens, transformer_tokens
+from rag_serving.embedding.pytorch import TorchEncoder
+from rag_serving.embedding.tokens import TokenEncoding, hashing_tokens
 from rag_serving.errors import ModelError
 from rag_serving.ranking.maxsim import unit_rows
 from rag_serving.settings import ModelSpec
 
 if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
     from tokenizers import Tokenizer
 
 Vectors = npt.NDArray[np.float32]
 Dtype = Literal["float32", "bfloat16", "int8"]
-
-PARITY_FLOOR = 0.999
-_BF16_FLAGS = frozenset({"amx_bf16", "avx512_bf16"})  # measured: three times the throughput with the first, twice with the second
-PARITY_TEXTS = (
-    "How do I list the objects of a bucket?",
-    "The index is rebuilt when the chunker or the embedding model changes.",
-    "Returns an iterator over the rows; raises ValueError if the limit is negative.",
-    "Wie setze ich mein Passwort zurück?",
-    "recall",
-    "The quick brown fox jumps over the lazy dog, and nobody was in the least surprised by it. " * 6,
-)
 
 
 class UnusableText(ModelError):
@@ -54,7 +40,8 @@ class EmbeddingModel:
     """A loaded model. Vectors are float32 of unit length, (n, dims), in input order.
 
     `fingerprint` is 64 hex digits over weights, tokenizer, module configuration, prompts, normalisation, dims, max_tokens and the dtype in
-    use. `tokenizer` neither truncates nor pads: it is for sizing chunks. Safe to call from one thread at a time.
+    use. `tokenizer` neither truncates nor pads: it is for sizing chunks. Safe to call from several threads.
+    Queries are computed in each of them where `packed` is there; all else takes turns, each on all cores.
     """
 
     spec: ModelSpec
@@ -68,6 +55,7 @@ class EmbeddingModel:
     """A quicker way to the same vectors for short texts, where the architecture has one."""
     tokens: TokenEncoding | None = field(default=None, repr=False)
     """The vectors of each text's tokens, where the architecture has them; for late interaction."""
+    _turn: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False, init=False)
 
     def encode_queries(self, texts: Sequence[str]) -> Vectors:
         """Vectors of queries, with the query prompt. ModelError when a text gives no usable vector."""
@@ -92,7 +80,7 @@ class EmbeddingModel:
         bad = next((at for at, rows in enumerate(found) if not np.isfinite(rows).all()), None)
         if bad is not None:
             raise ModelError(
-                f"{self.spec.name} gives no usable token vectors for text {bad}: {texts[bad][:60]!r}.", fix="Check its weights."
+                f"{self.spec.name} gives no usable token vectors for text {bad} of {_size(texts, bad)}.", fix="Check its weights."
             )
         return found
 
@@ -105,7 +93,8 @@ class EmbeddingModel:
         longest_first = sorted(range(len(texts)), key=lambda at: -len(texts[at]))
         for start in range(0, len(texts), self.batch_size):
             batch = longest_first[start : start + self.batch_size]
-            rows[batch] = self.raw([texts[at] for at in batch])
+            with self._turn:
+                rows[batch] = self.raw([texts[at] for at in batch])
             if progress is not None:
                 progress(len(batch))
         return self._checked(rows, texts)
@@ -116,11 +105,16 @@ class EmbeddingModel:
         if unusable.size:
             kind = UnusableText if np.isfinite(norms).all() else ModelError
             raise kind(
-                f"{self.spec.name} gives no usable vector for text {unusable[0]}: {texts[unusable[0]][:60]!r}.",
+                f"{self.spec.name} gives no usable vector for text {unusable[0]} of {_size(texts, unusable[0])}.",
                 fix="Leave out empty texts; if the text is not empty, the weights are damaged.",
             )
         rows /= norms
         return rows
+
+
+def _size(texts: Sequence[str], at: int) -> str:
+    """What an error may say of a text: errors are logged, and texts are not."""
+    return f"{len(texts)}, of {len(texts[at])} characters"
 
 
 def load_model(spec: ModelSpec, models_dir: Path, *, progress: Callable[[str], None] = lambda _: None) -> EmbeddingModel:
@@ -181,114 +175,19 @@ def _load_onnx(spec: ModelSpec, folder: Path, graph: Path) -> EmbeddingModel:
 
 
 def _load_folder(spec: ModelSpec, folder: Path) -> EmbeddingModel:
-    # Threads that spin while they wait lose three quarters of the throughput as soon as another process wants a core; idle, it costs nothing.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    with _quiet_and_offline():
-        import torch
-        from sentence_transformers import SentenceTransformer
-
-        torch.set_num_threads(thread_count())
-        model = SentenceTransformer(
-            str(folder), device="cpu", local_files_only=True, trust_remote_code=False, model_kwargs={"dtype": torch.float32}
-        )
-    model.eval()
-    model.prompts, model.default_prompt_name = {}, None
-    _check_dims(spec, model.get_embedding_dimension() or 0)
-    static = type(model[0]).__name__ == "StaticEmbedding"
-    tokenizer = _own_tokenizer(model[0])
-    _limit_tokens(spec, model, static=static)
-
-    def raw(texts: Sequence[str]) -> Vectors:
-        vectors = model.encode(list(texts), batch_size=len(texts), show_progress_bar=False, convert_to_numpy=True)
-        return np.asarray(vectors, dtype=np.float32)
-
-    dtype = _settle_dtype(spec, model, raw, static=static)
-    packed = packed_encoder(model)
-    if packed is not None and float((_unit(packed(PARITY_TEXTS)) * _unit(raw(PARITY_TEXTS))).sum(axis=1).min()) < PARITY_FLOOR:
-        raise ModelError(f"{spec.name} gives other vectors without padding.", fix="Report the architecture: it is not the BERT it says.")
-    fingerprint = _fingerprint(spec, dtype, _loaded_parts(model, tokenizer, folder))
-    size = 1024 if static else 32
+    encoder = TorchEncoder(spec, folder)
+    _check_dims(spec, encoder.dims)
     return EmbeddingModel(
         spec=spec,
-        fingerprint=fingerprint,
-        dims=spec.dims,
-        dtype=dtype,
-        tokenizer=tokenizer,
-        batch_size=size,
-        raw=raw,
-        packed=packed,
-        tokens=transformer_tokens(model, tokenizer),
+        fingerprint=_fingerprint(spec, encoder.dtype, encoder.parts),
+        dims=encoder.dims,
+        dtype=encoder.dtype,
+        tokenizer=encoder.tokenizer,
+        batch_size=encoder.batch_size,
+        raw=encoder,
+        packed=encoder.packed,
+        tokens=encoder.tokens,
     )
-
-
-def _own_tokenizer(first: Any) -> "Tokenizer":
-    from tokenizers import Tokenizer
-
-    loaded = first.tokenizer
-    backend = loaded if isinstance(loaded, Tokenizer) else loaded.backend_tokenizer
-    tokenizer = Tokenizer.from_str(backend.to_str())
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def _limit_tokens(spec: ModelSpec, model: "SentenceTransformer", *, static: bool) -> None:
-    first: Any = model[0]
-    if static:
-        first.tokenizer.enable_truncation(spec.max_tokens)
-        return
-    config = first.auto_model.config
-    # RoBERTa-like models start positions after the padding id, so their table is larger than the input by that id + 1
-    offset = config.pad_token_id + 1 if config.model_type in {"mpnet", "roberta", "xlm-roberta", "camembert"} else 0
-    positions = getattr(config, "max_position_embeddings", spec.max_tokens + offset) - offset
-    if spec.max_tokens > positions:
-        raise ModelError(f"{spec.name} takes {positions} tokens, max_tokens is {spec.max_tokens}.", fix=f"Set max_tokens <= {positions}.")
-    model.max_seq_length = spec.max_tokens
-
-
-def _settle_dtype(spec: ModelSpec, model: "SentenceTransformer", raw: Callable[[Sequence[str]], Vectors], *, static: bool) -> Dtype:
-    """Turn the model to bfloat16 where asked and where its vectors stay those of float32; the dtype in use."""
-    import torch
-
-    wanted = spec.dtype
-    if wanted == "auto":
-        wanted = "bfloat16" if computes_bfloat16() and not static else "float32"
-    if wanted == "float32":
-        return "float32"
-    full = _unit(raw(PARITY_TEXTS))
-    model.to(torch.bfloat16)
-    parity = float((full * _unit(raw(PARITY_TEXTS))).sum(axis=1).mean())
-    if parity >= PARITY_FLOOR:
-        return "bfloat16"
-    raise ModelError(
-        f"{spec.name} in bfloat16 departs from float32: mean cosine {parity:.5f} < {PARITY_FLOOR}.", fix='Set dtype = "float32".'
-    )
-
-
-def _unit(rows: Vectors) -> Vectors:
-    unit: Vectors = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    return unit
-
-
-def _loaded_parts(model: "SentenceTransformer", tokenizer: "Tokenizer", folder: Path) -> dict[str, str]:
-    """Digests of what is in memory, and of the configuration files that said how to put it together."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy())
-    modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
-    configuration: dict[str, Any] = {"modules": [[row["path"], row["type"].rpartition(".")[2]] for row in modules]}
-    for row in modules:
-        for path in sorted((folder / row["path"]).glob("*config.json")):
-            if path.name not in {"tokenizer_config.json", "config_sentence_transformers.json", "data_config.json"}:
-                configuration[path.relative_to(folder).as_posix()] = json.loads(path.read_text(encoding="utf-8"))
-    return {
-        "weights": digest.hexdigest(),
-        "tokenizer": hashlib.sha256(tokenizer.to_str().encode()).hexdigest(),
-        "configuration": json.dumps(configuration, sort_keys=True),
-    }
 
 
 def _fingerprint(spec: ModelSpec, dtype: Dtype, parts: dict[str, str]) -> str:
@@ -306,60 +205,3 @@ def _fingerprint(spec: ModelSpec, dtype: Dtype, parts: dict[str, str]) -> str:
 def _check_dims(spec: ModelSpec, dims: int) -> None:
     if dims != spec.dims:
         raise ModelError(f"{spec.name} gives vectors of {dims} dimensions, ragline.toml says {spec.dims}.", fix=f"Set dims = {dims}.")
-
-
-@contextmanager
-def _quiet_and_offline() -> Iterator[None]:
-    """No network, no load report and no progress bars while libraries are imported and weights are read; the environment is put back."""
-    quiet = {
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    before = {name: os.environ.get(name) for name in quiet}
-    os.environ.update(quiet)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from transformers.utils import logging as transformers_logging
-
-            transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-            transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-            logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
-            yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-def computes_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware, so that `dtype = "auto"` uses it."""
-    return bool(_BF16_FLAGS & _cpu_flags())
-
-
-def thread_count() -> int:
-    """OMP_NUM_THREADS when it is set, else the physical cores this process may use."""
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    if asked.isdecimal() and int(asked) > 0:
-        return int(asked)
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    pairs = zip(_cpu_lines("physical id"), _cpu_lines("core id"), strict=False)
-    return max(1, min(usable, len(set(pairs)) or usable))
-
-
-def _cpu_flags() -> frozenset[str]:
-    return frozenset(next(iter(_cpu_lines("flags")), "").split())
-
-
-def _cpu_lines(key: str) -> list[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    return [line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key]

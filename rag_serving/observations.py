@@ -23,7 +23,7 @@ PREFIX = "observations"
 MOST_WAITING = 10_000  # rows in memory while the store does not take them
 STOP_SECONDS = 5.0
 
-Kind = Literal["query", "retrieve", "feedback"]
+Kind = Literal["query", "retrieve", "compare", "feedback"]
 Arm = Literal["champion", "canary", "shadow"]
 Outcome = Literal["ok", "degraded", "error"]
 
@@ -38,6 +38,7 @@ def _now() -> datetime:
 class Observation:
     """What happened to one request on one arm, or what somebody said of an answer.
 
+    `compare` is of somebody who asked to see both answers side by side: no traffic, so no canary is judged by it.
     `release` is the number in force, `canary` the ledger entry of the canary at that time. A request that the canary failed has two rows of
     one `trace_id`, so has one that was shadowed. Shares are between 0 and 1; None is what was not to be had, such as citations of an error.
     `documents` and `wording` are the Jaccard overlap of a shadow's documents and answer words with the champion's.

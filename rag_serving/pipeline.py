@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from rag_serving import telemetry
@@ -16,9 +16,10 @@ from rag_serving.generation import Writer
 from rag_serving.guards import SPARE, guard_hits, guard_query, spread
 from rag_serving.live import Live
 from rag_serving.opened import Serving
-from rag_serving.reranking import rerank_within
 from rag_serving.retrieval import Hit, Vector
 from rag_serving.settings import Settings
+from rag_serving.signals.variety import Results
+from rag_serving.writing.confidence import confidence
 from rag_serving.writing.extraction import Answer
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ class Service:
     live: Live
     traffic: Traffic
     writer: Writer
+    results: Results = field(default_factory=Results)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +99,12 @@ async def _answer(service: Service, question: Question, serving: Serving, exchan
     await exchange.found(found)
     with exchange.phase("generate"):
         made = await service.writer.answer(question.query, passages, exchange)
+        made = replace(made, confidence=confidence(made, serving.snapshot.relevance.reached_by, apart=settings.sources_apart))
         telemetry.answered(
             abstained=made.abstained,
             citations=len(made.cited),
             groundedness=made.groundedness if made.generated else None,
+            confidence=made.confidence,
             flags=made.flags,
         )
     return found, made
@@ -132,13 +136,15 @@ async def _found(service: Service, question: Question, serving: Serving, exchang
             scores=[hit.score for hit in hits[:top_k]],
             doc_ids=[hit.doc_id for hit in hits[:top_k]],
         )
-    if reranker is None:
-        return Found(serving, hits, top_k)
-    with exchange.phase("rerank"):
-        budget = service.settings.rerank.budget_ms / 1000
-        return Found(
-            serving, await rerank_within(reranker, question.query, hits, k=top_k * spare, exchange=exchange, budget_seconds=budget), top_k
-        )
+    if reranker is not None:
+        with exchange.phase("rerank"):
+            budget = service.settings.rerank.budget_ms / 1000
+            hits = await serving.snapshot.rerank(
+                question.query, hits, k=top_k * spare, exchange=exchange, budget_seconds=budget, encoded=vector is not None
+            )
+    if telemetry.counted():
+        service.results.keep([hit.text for hit in hits[:top_k]])
+    return Found(serving, hits, top_k)
 
 
 async def _encoded(encoder: Encoder, query: str, exchange: Exchange) -> Vector | None:

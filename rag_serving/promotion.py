@@ -1,5 +1,6 @@
 """Moving the release: promote, try as canary, roll back, hold, lift, pin. Every promotion re-verifies its evidence here, however it was started."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
@@ -7,12 +8,16 @@ from typing import Any
 
 from rag_serving.errors import NoPrevious, PromotionRefused, ReleaseConflict, ReleaseError, SnapshotError
 from rag_serving.releases import Action, Entry, Ledger, Release, State
-from rag_serving.settings import Gate
+from rag_serving.settings import Canary, Gate
+from rag_serving.signals import contract, work
 from rag_serving.snapshots import Manifest, read_manifest, verify
 from rag_serving.store import Store
 from rag_serving.verdicts import GATES, RETRIEVAL_QUALITY, WARM_UP, Verdict, passed, require_pass, trusted_verdict
 
 _CEILING = "vector_search_p95"  # of the gates' rules the one whose number is the most that is allowed
+_ERROR_RATE = "no_harm"  # the one whose number is 1 / alpha; more of it is easier for one gate and harder for another
+_REAL = "real_"  # begins the names of rules on real traffic
+_AS_DEFAULT = Canary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +29,11 @@ class Override:
     expired: bool
 
 
+def _changed(entry: Entry | None) -> work.Facts:
+    return {contract.SNAPSHOT_ID: entry.snapshot_id, contract.GENERATION: entry.number} if entry and entry.snapshot_id else {}
+
+
+@work.worked(contract.PROMOTE, _changed)
 def promote(
     store: Store,
     snapshot_id: str,
@@ -31,11 +41,12 @@ def promote(
     gate: Gate,
     actor: str,
     reason: str,
+    traffic: Canary = _AS_DEFAULT,
     override: bool = False,
     allow_shrink: bool = False,
     now: datetime | None = None,
 ) -> Entry | None:
-    """Make `snapshot_id` the champion. None when it already is.
+    """Make `snapshot_id` the champion. None when it already is. `gate` and `traffic` are the terms of today.
 
     Refused (PromotionRefused, whose code names the reason) without a fresh PASS of every gate for this manifest against the present champion,
     during a hold, or when the corpus shrank beyond the guard; a damaged snapshot is a SnapshotError, another writer at the same moment a
@@ -52,7 +63,7 @@ def promote(
     if override:
         verdicts = _overridden(store, state, manifest, actor=actor, reason=reason, now=now)
     else:
-        verdicts = _required(store, state, manifest, GATES, gate=gate, now=now)
+        verdicts = _required(store, state, manifest, GATES, gate=gate, traffic=traffic, now=now)
     if not allow_shrink:
         _check_shrink(store, manifest, state, gate)
     ends = (now + timedelta(hours=gate.override_hours)).isoformat(timespec="seconds")
@@ -72,8 +83,9 @@ def promote(
 def start_canary(store: Store, snapshot_id: str, *, gate: Gate, actor: str, reason: str, now: datetime | None = None) -> Entry:
     """Name `snapshot_id` the canary, beside the champion. It needs fresh PASS verdicts of retrieval quality and warm-up; refusals as in `promote`.
 
-    A canary ends by promotion of any snapshot, by rollback or by `abort`; only one runs at a time.
+    It needs a reason. A canary ends by promotion of any snapshot, by rollback or by `abort`; only one runs at a time.
     """
+    _require_reason(Action.CANARY, reason)
     ledger = Ledger(store)
     state = ledger.state()
     manifest = verify(store, snapshot_id)
@@ -83,7 +95,8 @@ def start_canary(store: Store, snapshot_id: str, *, gate: Gate, actor: str, reas
     if state.canary:
         raise ReleaseError(f"{state.canary.snapshot_id} is the canary already.", fix="Promote it, or end it with `ragline abort --reason`.")
     _check_free(state, snapshot_id)
-    verdicts = _required(store, state, manifest, (RETRIEVAL_QUALITY, WARM_UP), gate=gate, now=now or datetime.now(UTC))
+    gates = (RETRIEVAL_QUALITY, WARM_UP)
+    verdicts = _required(store, state, manifest, gates, gate=gate, traffic=_AS_DEFAULT, now=now or datetime.now(UTC))
     _check_shrink(store, manifest, state, gate)
     return ledger.append(
         Action.CANARY,
@@ -133,7 +146,9 @@ def _check_free(state: State, snapshot_id: str) -> None:
         )
 
 
-def _required(store: Store, state: State, manifest: Manifest, gates: Sequence[str], *, gate: Gate, now: datetime) -> list[Verdict]:
+def _required(
+    store: Store, state: State, manifest: Manifest, gates: Sequence[str], *, gate: Gate, traffic: Canary, now: datetime
+) -> list[Verdict]:
     champion = state.champion.snapshot_id if state.champion else None
     verdicts = [
         require_pass(
@@ -154,12 +169,12 @@ def _required(store: Store, state: State, manifest: Manifest, gates: Sequence[st
             code="verdict_foreign",
         )
     for verdict in verdicts:
-        _check_terms(verdict, gate)
+        _check_terms(verdict, gate, traffic)
     return verdicts
 
 
-def _check_terms(verdict: Verdict, gate: Gate) -> None:
-    """Refuse a verdict that was given on easier terms than those of `gate`; rules that are not named here have no setting."""
+def _check_terms(verdict: Verdict, gate: Gate, traffic: Canary) -> None:
+    """Refuse a verdict that was given on easier terms than today's, or at another alpha; rules that are not named here have no setting."""
     asked = {
         "enough_queries": gate.min_queries,
         "enough_traffic": gate.min_queries,
@@ -168,17 +183,24 @@ def _check_terms(verdict: Verdict, gate: Gate) -> None:
         "mrr_floor": gate.mrr_floor,
         "ann_recall": gate.ann_recall_floor,
         _CEILING: gate.warm_up_p95_ms,
+        _ERROR_RATE: 1 / gate.alpha,
     }
     for rule in verdict.rules:
         name, required = rule["name"], rule["required"]
-        now = asked.get(name, required)
-        if required > now if name == _CEILING else required < now:
+        now = -traffic.margin if name.startswith(_REAL) else asked.get(name, required)
+        if _easier(name, required, now):
             raise PromotionRefused(
                 f"the {verdict.gate.replace('_', ' ')} verdict of {verdict.snapshot_id} was given with {name} at {required:g}; "
                 f"the gate asks for {now:g} now.",
                 fix="Run the gates again: `ragline run`.",
                 code="verdict_outdated",
             )
+
+
+def _easier(name: str, required: float, now: float) -> bool:
+    if name == _ERROR_RATE:
+        return not math.isclose(required, now)
+    return required > now if name == _CEILING else required < now
 
 
 def _overridden(store: Store, state: State, manifest: Manifest, *, actor: str, reason: str, now: datetime) -> list[Verdict]:
@@ -215,6 +237,7 @@ def _check_shrink(store: Store, manifest: Manifest, state: State, gate: Gate) ->
         )
 
 
+@work.worked(contract.ROLL_BACK, _changed)
 def rollback(store: Store, *, actor: str, reason: str, to: str | None = None, champion: str | None = None) -> Entry:
     """Make the previous snapshot (or an earlier one, by `to`) live again. It needs no verdict: it was live before. Holds do not block it.
 
@@ -274,6 +297,10 @@ def unpin(store: Store, snapshot_id: str, *, actor: str, reason: str) -> Entry:
 
 
 def _mark(store: Store, action: Action, *, after: int, actor: str, reason: str, **named: Any) -> Entry:
+    _require_reason(action, reason)
+    return Ledger(store).append(action, after=after, actor=actor, reason=reason, **named)
+
+
+def _require_reason(action: Action, reason: str) -> None:
     if not reason.strip():
         raise ReleaseError(f"a {action} needs a reason.", fix="Give --reason.")
-    return Ledger(store).append(action, after=after, actor=actor, reason=reason, **named)

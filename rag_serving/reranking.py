@@ -1,7 +1,8 @@
 """Phase four of a request: the best passages are ordered anew by something that looks at query and passage together.
 
 Whatever gives the scores, they are weighed with the fused score by one rule, kept in the snapshot's manifest, and stand under one budget: over
-it, or on any error, the fused order stands and the reply says so. Nothing here imports torch.
+it, or on any error, the fused order stands and the reply says so. One that keeps failing is left alone for a while, so that not every
+request waits for it. Nothing here imports torch.
 """
 
 import asyncio
@@ -14,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from rag_serving import telemetry
+from rag_serving.breaker import Breaker
 from rag_serving.deadline import Deadline
-from rag_serving.errors import RerankError
+from rag_serving.errors import RerankError, in_log
 from rag_serving.exchange import Exchange
 from rag_serving.fusion import BM25_SCALE, TITLE
 from rag_serving.passages import embedded_text
@@ -122,18 +124,36 @@ def reordered(hits: Sequence[Hit], relevance: Sequence[float], *, weights: Reran
     return sorted(scored, key=lambda hit: -hit.score)
 
 
+def asks_embedder(reranker: Reranker) -> bool:
+    """Whether it takes what only the embedding service gives."""
+    return reranker.kind.partition("+")[0] in {"maxsim", "cross_encoder"}
+
+
 async def rerank_within(
-    reranker: Reranker, query: str, hits: Sequence[Hit], *, k: int, exchange: Exchange, budget_seconds: float
+    reranker: Reranker, query: str, hits: Sequence[Hit], *, k: int, exchange: Exchange, budget_seconds: float, breaker: Breaker
 ) -> list[Hit]:
-    """The `k` best hits after reranking; in fused order, and the exchange degraded by `rerank`, when that fails or takes too long."""
-    deadline = Deadline.after(exchange.deadline.within(budget_seconds))
+    """The `k` best hits after reranking; in fused order, and the exchange degraded by `rerank`, when that fails or takes too long.
+
+    So they are at once while `breaker` is open; it hears how it went, unless the request left less than the budget.
+    """
+    given = breaker.enter()
+    if given is None:
+        exchange.degrade("rerank")
+        return list(hits[:k])
+    seconds = exchange.deadline.within(budget_seconds)
+    deadline = Deadline.after(seconds)
     try:
         async with asyncio.timeout(deadline.remaining):
             found = await reranker.rerank(query, hits, k=k, deadline=deadline)
     except Exception as error:  # noqa: BLE001 - an answer in fused order is better than none
-        log.warning("answering in fused order: %s failed: %s %s", reranker.kind, type(error).__name__, error)
+        log.warning("answering in fused order: %s failed: %s", reranker.kind, in_log(error))
+        breaker.abandoned(given) if seconds < budget_seconds else breaker.failed(given)
         exchange.degrade("rerank")
         return list(hits[:k])
+    except BaseException:
+        breaker.abandoned(given)
+        raise
+    breaker.succeeded(given)
     if found:
         first = found[0]
         before = next(rank for rank, hit in enumerate(hits, start=1) if hit.chunk_id == first.chunk_id)

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rag_serving import telemetry
-from rag_serving.errors import ModelMismatch, QueryError, SnapshotError
+from rag_serving.errors import ModelMismatch, QueryError, SearchUnavailable, in_log
 from rag_serving.filters import Filter, condition, filterable
 from rag_serving.fusion import DENSE, LEXICAL, Ranked, Values, align, effective_weights, fuse_ranks, fuse_scores
 from rag_serving.passages import Passages
@@ -25,6 +26,7 @@ QUERY_CODE = "query-2"  # counts up when the same snapshot would be searched or 
 
 VECTOR_COLUMNS = {"dense_text": "vector", "dense_title": "title_vector"}
 TEXT_COLUMNS = {"bm25_text": "content", "bm25_title": "title"}
+_WARM_HITS = 30
 _LANCE_ERRORS = (RuntimeError, ValueError, OSError)
 
 Vector = NDArray[np.float32]
@@ -66,7 +68,7 @@ class Retriever:
         self._table = table
         self._fusion = manifest.fusion()
         self._indexed = bool(manifest.index.get("vector_index"))
-        self._columns = filterable(manifest.index.get("filters", {}))
+        self._columns = filterable(manifest.index["filters"])
         self._passages = Passages(table)
 
     @classmethod
@@ -75,13 +77,19 @@ class Retriever:
         manifest = await asyncio.to_thread(verify, store, snapshot_id)
         return cls(manifest, await open_table(store.folder(snapshot_key(snapshot_id))))
 
-    async def warm_up(self) -> None:
-        """Load the indexes and run one search, so that the first user does not pay for it."""
+    async def warm_up(self, known: Sequence[tuple[str, Vector]] = ()) -> None:
+        """Load the indexes and search: once, and for each of the `known` queries and vectors, so that no user pays for it.
+
+        After each search it rests twice as long as that took, so that the requests of another snapshot go on beside it.
+        """
         for index in await self._table.list_indices():
             await self._table.prewarm_index(index.name)
         probe = np.zeros(self.manifest.dims, dtype=np.float32)
         probe[0] = 1.0
-        await self.retrieve("warm up", probe, k=1)
+        for query, vector in (("warm up", probe), *known):
+            started = time.perf_counter()
+            await self.retrieve(query, vector, k=_WARM_HITS)
+            await asyncio.sleep(2 * (time.perf_counter() - started))
 
     def close(self) -> None:
         self._table.close()
@@ -102,7 +110,7 @@ class Retriever:
         `vector` is the query's embedding, float32 (dims,), of unit norm; None searches by words alone, on text if no lexical signal has a weight.
         `fusion` overrides that of the manifest, to measure one signal alone. Only chunks that `where` holds for and that one of `groups` may
         read, or anyone, take part in any search; groups None reads all. When full text or the vectors cannot be searched, the other kind of
-        signal answers and `degrade` is told `text_index` or `vector_index`; without `degrade`, or with nothing left, that is a SnapshotError.
+        signal answers and `degrade` is told `text_index` or `vector_index`; without `degrade`, or with nothing left, that is SearchUnavailable.
         """
         if k < 1:
             raise QueryError(f"k is {k}.", fix="Ask for at least one hit.")
@@ -140,7 +148,7 @@ class Retriever:
         if errors and (degrade is None or not lists):
             raise self._unusable("cannot be searched") from next(iter(errors.values()))
         for part in lost:
-            log.warning("searching %s without its %s: %s", self.snapshot_id, part, next(iter(errors.values())))
+            log.warning("searching %s without its %s: %s", self.snapshot_id, part, in_log(next(iter(errors.values()))))
             if degrade:
                 degrade(part)
         return lists
@@ -165,8 +173,18 @@ class Retriever:
         stored: Vector = table["vector"].combine_chunks().flatten().to_numpy().reshape(-1, self.manifest.dims)
         return stored[[place[hit.row] for hit in hits]]
 
-    def _unusable(self, how: str) -> SnapshotError:
-        return SnapshotError(f"{self.snapshot_id} {how}.", fix="Restore the snapshot or build it again.")
+    async def samples(self, count: int) -> tuple[list[str], Vector]:
+        """Up to `count` chunks spread evenly over the snapshot: what was embedded of each, and its text vector, float32 (n, dims)."""
+        offsets = np.unique(np.linspace(0, self.manifest.rows - 1, min(count, self.manifest.rows)).astype(int))
+        try:
+            table = await self._table.take_offsets(offsets.tolist()).select(["content", "vector"]).to_arrow()
+        except _LANCE_ERRORS as error:
+            raise self._unusable("has passages that cannot be read") from error
+        stored: Vector = table["vector"].combine_chunks().flatten().to_numpy().reshape(-1, self.manifest.dims)
+        return table["content"].to_pylist(), stored
+
+    def _unusable(self, how: str) -> SearchUnavailable:
+        return SearchUnavailable(f"{self.snapshot_id} {how}.", fix="Restore the snapshot or build it again.")
 
     def _check(self, vector: Vector) -> None:
         if vector.shape != (self.manifest.dims,):

@@ -235,6 +235,7 @@ class Access(_Frozen):
     """What an API key may use, and which names the service answers to. Without keys it serves this machine alone, unmetered."""
 
     requests_per_minute: int = Field(600, ge=0, description="Of each key; 0: unlimited.")
+    burst_seconds: float = Field(2.0, ge=0, description="A key may send in one second what its rate gives in so many; 0: all at once.")
     tokens_per_day: int = Field(5_000_000, ge=0, description="Of each key: tokens of its questions and of their answers; 0: unlimited.")
     poll_seconds: float = Field(1.0, gt=0, le=5, description="How soon a new or revoked key counts.")
     allowed_hosts: tuple[str, ...] = Field((), description="Names it is reached under, beside localhost, its own host and plain addresses.")
@@ -253,9 +254,21 @@ class EncoderClient(_Frozen):
     cache_entries: int = Field(2048, ge=0, description="Vectors of queries that are kept; 0: none.")
     retry_share: float = Field(0.1, ge=0, le=0.1, description="Second tries, as a share of requests.")
     hedge_share: float = Field(0.0, ge=0, le=0.05, description="Requests sent twice because the first takes unusually long; 0: none.")
+    unnamed: Literal["refuse", "probe"] = Field(
+        "refuse", description="A service without fingerprints. probe: it is believed while stored passages get their stored vectors there."
+    )
+    probe_seconds: float = Field(
+        60.0, ge=0, le=86_400, description="How often it embeds stored passages again, to be compared with their vectors; 0: never."
+    )
     breaker_failures: int = Field(5, ge=1, le=100, description="Failures within the window after which it is not asked any more.")
     breaker_window_seconds: float = Field(10.0, gt=0)
     breaker_open_seconds: float = Field(5.0, gt=0, le=8, description="Then one request tries whether it works again.")
+
+    @model_validator(mode="after")
+    def _probed_if_unnamed(self) -> "EncoderClient":
+        if self.unnamed == "probe" and not self.probe_seconds:
+            raise ValueError('unnamed = "probe" needs probe_seconds above 0')
+        return self
 
 
 class Embedder(_Frozen):
@@ -306,11 +319,15 @@ class Generation(_Frozen):
     abstain: Literal["tuned", "never"] = Field(
         "tuned", description="tuned: below the threshold that `ragline evalset negatives` stored for the snapshot; never: not by a score."
     )
+    sources_apart: Literal["document", "host"] = Field(
+        "document", description="What the two sources of an answer of high confidence must differ in."
+    )
 
 
 class LocalLlm(_Frozen):
     model: str = Field("qwen2.5-coder-1.5b-instruct", description="A model of rag_serving/writing/llm_weights.toml.")
     threads: int = Field(2, ge=1, le=256, description="Fewer than there are free cores: threads wait for the slowest.")
+    context_tokens: int = Field(500, ge=100, le=200_000, description="Instead of generation.context_tokens under `ragline up --llm local`.")
 
 
 class Places(_Frozen):
@@ -338,9 +355,11 @@ class Places(_Frozen):
     llm_model: str | None = Field(None, description="The model to ask there.")
     llm_key: SecretStr | None = Field(None, description="Its key, if it wants one.")
     llm_port: int = Field(8323, ge=0, le=65535, description="Where the local language model listens.")
+    context_tokens: int | None = Field(None, ge=100, le=200_000, description="Overrides generation.context_tokens.")
     deadline_seconds: float | None = Field(
         None, gt=0, le=600, description="Overrides serving.deadline_seconds and generation.llm_timeout_seconds."
     )
+    allowed_hosts: str | None = Field(None, description="Overrides access.allowed_hosts: names with commas between them.")
     log_format: Literal["plain", "json"] = Field("plain", description="How the services write their logs.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="The least that they write.")
     actor: str | None = Field(None, description="Who acts, for the ledger; default: the login name.")
@@ -452,9 +471,15 @@ def load_settings(config: Path | None = None, *, environ: Mapping[str, str] | No
     for section, source in (("corpus", places.corpus), ("eval", places.eval_set)):
         if source and isinstance(table.setdefault(section, {}), dict):
             table[section]["source"] = source
-    for section, key in (("serving", "deadline_seconds"), ("generation", "llm_timeout_seconds")):
-        if places.deadline_seconds and isinstance(table.setdefault(section, {}), dict):
-            table[section][key] = places.deadline_seconds
+    for section, key, value in (
+        ("serving", "deadline_seconds", places.deadline_seconds),
+        ("generation", "llm_timeout_seconds", places.deadline_seconds),
+        ("generation", "context_tokens", places.context_tokens),
+    ):
+        if value and isinstance(table.setdefault(section, {}), dict):
+            table[section][key] = value
+    if places.allowed_hosts and isinstance(table.setdefault("access", {}), dict):
+        table["access"]["allowed_hosts"] = [name for each in places.allowed_hosts.split(",") if (name := each.strip())]
     try:
         settings = Settings.model_validate({**table, "root": path.resolve().parent, "places": places})
     except ValidationError as error:

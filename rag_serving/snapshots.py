@@ -13,14 +13,15 @@ from typing import Any
 
 from rag_serving.errors import SnapshotError, StoreError
 from rag_serving.settings import Rerank, Retrieval
+from rag_serving.signals import contract, work
 from rag_serving.store import Store, sync_folder
 
 MANIFEST = "MANIFEST.json"
 TABLE = "chunks"
+FORMAT = 3
 _PREFIX = "snapshots"
 _ID = re.compile(r"[a-z0-9][a-z0-9-]{7,63}")
 _BLOCK = 1 << 20
-_SINCE_FORMAT = {"built": 2, "delta": 2, "restricted": 3, "rerank": 3}
 _VERSION_HINT = "latest_version_hint.json"
 
 
@@ -30,8 +31,7 @@ class Manifest:
 
     `index` holds how vectors are searched, `retrieval` how signals are fused: what was measured is what is served. `built` is "full" or
     "incremental"; an incremental one began as its `parent`, and `delta` counts the rows that were added, changed and removed, all such rows
-    since the last full build, and the builds since then. `restricted` counts the rows that not everyone may read. Format 1 knew neither `built`
-    nor `delta`, format 2 no `restricted`: those snapshots hold no access lists, and everyone may read all of them. `rerank` holds the rule that
+    since the last full build, and the builds since then. `restricted` counts the rows that not everyone may read. `rerank` holds the rule that
     orders the best passages anew, and what is stored for it: token vectors and their bytes, or the fingerprint of a cross-encoder.
     """
 
@@ -54,11 +54,10 @@ class Manifest:
     delta: Mapping[str, int] = field(default_factory=dict)
     restricted: int = 0
     rerank: Mapping[str, Any] = field(default_factory=dict)
-    format: int = 3
+    format: int = FORMAT
 
     def encode(self) -> bytes:
-        fields = {name: value for name, value in asdict(self).items() if _SINCE_FORMAT.get(name, 1) <= self.format}
-        return json.dumps(fields, sort_keys=True, indent=2).encode()
+        return json.dumps(asdict(self), sort_keys=True, indent=2).encode()
 
     @property
     def sha256(self) -> str:
@@ -131,19 +130,34 @@ def read_manifest(store: Store, snapshot_id: str) -> Manifest:
     try:
         folder = store.folder(snapshot_key(snapshot_id))
         data = (folder / MANIFEST).read_bytes()
-        manifest = Manifest(**json.loads(data))
+        fields = json.loads(data)
+        _check_format(snapshot_id, fields)
+        manifest = Manifest(**fields)
         intact = manifest.snapshot_id == snapshot_id and manifest.encode() == data
     except SnapshotError:
         raise
     except StoreError:
-        raise SnapshotError(f"there is no snapshot {snapshot_id}.", fix="Run `ragline status` to see the snapshots.") from None
-    except (OSError, ValueError, TypeError, AttributeError):
+        raise _absent(snapshot_id) from None
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
         raise SnapshotError(f"the manifest of {snapshot_id} cannot be read.", fix="Restore the snapshot or build it again.") from None
     if not intact:
         raise SnapshotError(f"the manifest of {snapshot_id} was altered.", fix="Restore the snapshot or build it again.")
     return manifest
 
 
+def _absent(snapshot_id: str) -> SnapshotError:
+    return SnapshotError(f"there is no snapshot {snapshot_id}.", fix="Run `ragline status` to see the snapshots.")
+
+
+def _check_format(snapshot_id: str, fields: Mapping[str, Any]) -> None:
+    """SnapshotError for a manifest of another format: snapshots of formats 1 and 2 hold no access lists, so everyone could read them."""
+    if (found := fields["format"]) != FORMAT:
+        raise SnapshotError(
+            f"{snapshot_id} has manifest format {found!r}; only format {FORMAT} is read.", fix="Build it again: `ragline run`."
+        )
+
+
+@work.worked(contract.VERIFY, lambda manifest: {contract.SNAPSHOT_ID: manifest.snapshot_id})
 def verify(store: Store, snapshot_id: str) -> Manifest:
     """Hash every file of a snapshot against its manifest; SnapshotError names the first missing, extra or altered file."""
     manifest = read_manifest(store, snapshot_id)
@@ -159,6 +173,24 @@ def verify(store: Store, snapshot_id: str) -> Manifest:
             continue
         raise SnapshotError(f"{name} {problem} in snapshot {snapshot_id}.", fix="Restore the snapshot or build it again.")
     return manifest
+
+
+Stamp = frozenset[tuple[str, int, int, int, int]]
+
+
+def stamp_of(store: Store, snapshot_id: str) -> Stamp:
+    """Path, inode, size and times of every file of a snapshot: while it is the same, nobody wrote, replaced or restored one.
+
+    The time of the last change (ctime) cannot be set back. What it does not show is a disk that gives other bytes than were written.
+    """
+    try:
+        folder = store.folder(snapshot_key(snapshot_id))
+        found = [(path.relative_to(folder).as_posix(), path.lstat()) for path in folder.rglob("*")]
+    except StoreError:
+        raise _absent(snapshot_id) from None
+    except OSError:
+        raise SnapshotError(f"the files of {snapshot_id} cannot be read.", fix="Restore the snapshot or build it again.") from None
+    return frozenset((name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in found)
 
 
 def manifests(store: Store) -> Iterator[Manifest]:

@@ -50,8 +50,7 @@ class TcpFaults:
     """The proxy before the server at `target`, on a thread of its own for the time of a `with`; `set` works at once and from any thread."""
 
     def __init__(self, target: str) -> None:
-        parts = urlsplit(target)
-        self._target = (parts.hostname or _HOST, parts.port or 80)
+        self._target = _address(target)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="tcp-faults", daemon=True)
         self._server: asyncio.Server | None = None
@@ -73,6 +72,11 @@ class TcpFaults:
     def set(self, fault: Fault) -> None:
         """From now on this goes wrong, on open connections too; HEALTHY heals."""
         self._do(self._change(fault))
+
+    def aim(self, target: str) -> None:
+        """From now on it stands before another server; open connections are reset."""
+        self._target = _address(target)
+        self._do(self._drop())
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -105,6 +109,9 @@ class TcpFaults:
         if self._server is not None:
             self._server.close()
             self._server = None
+        await self._drop()
+
+    async def _drop(self) -> None:
         for connection in list(self._connections):
             connection.reset()
 
@@ -200,6 +207,11 @@ class _Connection:
         self._client.write(data)
         self.passed += len(data)
         await self._client.drain()
+
+
+def _address(url: str) -> tuple[str, int]:
+    parts = urlsplit(url)
+    return parts.hostname or _HOST, parts.port or 80
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:

@@ -6,6 +6,7 @@ answer, an evaluation) nothing is counted. Nothing recorded is text; an exceptio
 """
 
 import asyncio
+import hashlib
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,10 +14,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-from opentelemetry.context import Context
+from opentelemetry.context import Context, attach, detach
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.trace import NoOpTracer, SpanContext, SpanKind, StatusCode, Tracer, get_current_span
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
+from opentelemetry.trace import NoOpTracer, SpanContext, SpanKind, StatusCode, Tracer, get_current_span, set_span_in_context
 from opentelemetry.trace import Span as OpenSpan
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -31,12 +33,15 @@ _KINDS = {"server": SpanKind.SERVER, "client": SpanKind.CLIENT, "internal": Span
 _PHASES = {span.name: span for span in contract.PHASES}
 _GUARDS = {"input": contract.GUARD_INPUT, "context": contract.GUARD_CONTEXT, "output": contract.GUARD_OUTPUT}
 _ROUTES = {tuple(span.name.split()): span for span in contract.SPANS if " " in span.name}
-_TIMED: dict[str, tuple[Metric, str]] = {
-    **{span.name: (contract.PHASE_SECONDS, span.name) for span in contract.PHASES},
-    contract.RETRIEVE_VECTOR.name: (contract.RETRIEVE_SECONDS, "vector"),
-    contract.RETRIEVE_FTS.name: (contract.RETRIEVE_SECONDS, "fts"),
-    contract.FUSE.name: (contract.RETRIEVE_SECONDS, "fuse"),
+_TIMED: dict[str, tuple[Metric, tuple[str, ...]]] = {
+    **{span.name: (contract.PHASE_SECONDS, (span.name,)) for span in contract.PHASES},
+    contract.RETRIEVE_VECTOR.name: (contract.RETRIEVE_SECONDS, ("vector",)),
+    contract.RETRIEVE_FTS.name: (contract.RETRIEVE_SECONDS, ("fts",)),
+    contract.FUSE.name: (contract.RETRIEVE_SECONDS, ("fuse",)),
+    contract.EMBEDDINGS.name: (contract.EMBED_SECONDS, ()),
 }
+_METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})  # others are a client's own words
+_FINISH_REASONS = frozenset({"stop", "length", "content_filter"})
 _TURNED_AWAY = frozenset({"overloaded", "rate_limited", "budget_exhausted"})
 
 
@@ -82,11 +87,15 @@ def provider(*, service: str = "ragline", share: float = 1.0) -> TracerProvider:
 
 
 def exporting_provider(*, service: str, share: float, slow_seconds: float) -> TracerProvider:
-    """The same with a sink at the OTLP endpoint of the standard variables, if they name one; OTEL_SERVICE_NAME overrides `service`."""
-    made = provider(service=service, share=share)
+    """The same with a sink at the OTLP endpoint of the standard variables; OTEL_SERVICE_NAME overrides `service`.
+
+    Where they name none, spans have their ids, for replies and logs, and nothing is recorded.
+    """
     sink = otlp_sink(slow_seconds=slow_seconds)
-    if sink is not None:
-        made.add_span_processor(sink)
+    if sink is None:
+        return TracerProvider(sampler=ALWAYS_OFF)
+    made = provider(service=service, share=share)
+    made.add_span_processor(sink)
     return made
 
 
@@ -128,6 +137,11 @@ def declared(method: str, path: str) -> bool:
     return (method, path) in _ROUTES
 
 
+def counted() -> bool:
+    """Whether a request of a user is under way here, so that what happens counts in the metrics."""
+    return _request.get() is not None
+
+
 def inflight() -> int:
     """Requests under way in this process."""
     return len(_inflight)
@@ -140,21 +154,23 @@ def span(declared: Span, *, model: str = "", tracer: Tracer | None = None) -> It
     name = f"{declared.name} {model}" if model else declared.name
     started = time.perf_counter()
     try:
-        with (_tracer.get() or _NO_TRACER).start_as_current_span(
-            name, kind=_KINDS[declared.kind], record_exception=False, set_status_on_exception=False
-        ) as made:
-            try:
-                yield made
-            except BaseException as error:
-                made.set_attribute(contract.ERROR_TYPE.name, getattr(error, "code", None) or type(error).__name__)
-                made.set_status(StatusCode.ERROR)
-                raise
+        made = (_tracer.get() or _NO_TRACER).start_span(name, kind=_KINDS[declared.kind])
+        outer = attach(set_span_in_context(made))  # what start_as_current_span does, without its context manager
+        try:
+            yield made
+        except BaseException as error:
+            made.set_attribute(contract.ERROR_TYPE.name, getattr(error, "code", None) or type(error).__name__)
+            made.set_status(StatusCode.ERROR)
+            raise
+        finally:
+            detach(outer)
+            made.end()
     finally:
         if token is not None:
             _tracer.reset(token)
         if declared.name in _TIMED and _request.get() is not None:
-            metric, label = _TIMED[declared.name]
-            metrics.observe(metric, time.perf_counter() - started, label)
+            metric, labels = _TIMED[declared.name]
+            metrics.observe(metric, time.perf_counter() - started, *labels)
 
 
 @contextmanager
@@ -193,7 +209,7 @@ def serving(tracer: Tracer, method: str, path: str, headers: Mapping[str, str]) 
 
 def _ended(request: Request, method: str, seconds: float) -> None:
     outcome = request.outcome
-    ended: dict[Attribute, Value] = {contract.METHOD: method, contract.OUTCOME: outcome.value}
+    ended: dict[Attribute, Value] = {contract.METHOD: method if method in _METHODS else "_OTHER", contract.OUTCOME: outcome.value}
     if request.route:
         ended[contract.ROUTE] = request.route
     if request.status is not None:
@@ -209,6 +225,11 @@ def _ended(request: Request, method: str, seconds: float) -> None:
         kept = request.span.get_span_context().trace_flags.sampled or outcome in (Outcome.ERROR, Outcome.DEGRADED)
         metrics.count(contract.REQUESTS, request.route, outcome)
         metrics.observe(contract.REQUEST_SECONDS, seconds, request.route, outcome, trace_id=request.trace_id if kept else "")
+
+
+def known(key_id: str) -> None:
+    """The caller has a key, of which only a hash of its id is recorded."""
+    note({contract.TENANT: hashlib.sha256(key_id.encode()).hexdigest()[:12]})
 
 
 def refused(code: str, status: int) -> None:
@@ -266,24 +287,22 @@ def searched(signal: str, *, candidates: int) -> None:
 def retrieved(*, snapshot_id: str, generation: int, top_k: int, scores: Sequence[float], doc_ids: Sequence[str]) -> None:
     """A snapshot was searched: `scores` and `doc_ids` are those of the passages found, best first."""
     found, sources = len(scores), len(set(doc_ids))
-    record(
-        {
-            contract.OPERATION: "retrieval",
-            contract.DATA_SOURCE: snapshot_id,
-            contract.TOP_K: top_k,
-            contract.RETRIEVED_CHUNKS: found,
-            contract.SOURCES: sources,
-            contract.SCORES: [round(score, 6) for score in scores],
-        }
-    )
-    note({contract.SNAPSHOT_ID: snapshot_id, contract.GENERATION: generation, contract.RETRIEVED_CHUNKS: found})
-    counted = _request.get() is not None
+    here: dict[Attribute, Value] = {
+        contract.OPERATION: "retrieval",
+        contract.DATA_SOURCE: snapshot_id,
+        contract.TOP_K: top_k,
+        contract.RETRIEVED_CHUNKS: found,
+        contract.SOURCES: sources,
+        contract.SCORES: [round(score, 6) for score in scores],
+    }
+    first: dict[Attribute, Value] = {contract.SNAPSHOT_ID: snapshot_id, contract.GENERATION: generation, contract.RETRIEVED_CHUNKS: found}
     if scores:
-        record({contract.SCORE_TOP1: scores[0]})
-        note({contract.RERANK_SCORE_TOP1: scores[0]})
+        here[contract.SCORE_TOP1] = first[contract.RERANK_SCORE_TOP1] = scores[0]
     if len(scores) > 1:
-        record({contract.SCORE_GAP: scores[0] - scores[1]})
-    if counted:
+        here[contract.SCORE_GAP] = scores[0] - scores[1]
+    record(here)
+    note(first)
+    if _request.get() is not None:
         metrics.observe(contract.CHUNKS, found)
         metrics.observe(contract.DISTINCT_SOURCES, sources)
         if scores:
@@ -335,18 +354,28 @@ def chatting(model: str) -> Iterator[Call]:
             reason = getattr(error, "reason", "malformed")
             raise
         finally:
+            if call.first:
+                record({contract.FIRST_CHUNK: call.first})
             if _request.get() is not None:
                 metrics.observe(contract.LLM_SECONDS, time.perf_counter() - call.started, reason)
                 if call.first:
                     metrics.observe(contract.LLM_FIRST, call.first)
 
 
-def answered(*, abstained: bool, citations: int, groundedness: float | None, flags: Sequence[str]) -> None:
+def ended(reason: str) -> None:
+    """A language model stopped writing, for the reason it gave; "" when it gave none."""
+    if reason:
+        record({contract.FINISH_REASONS: [reason if reason in _FINISH_REASONS else contract.OTHER]})
+
+
+def answered(*, abstained: bool, citations: int, groundedness: float | None, confidence: str | None, flags: Sequence[str]) -> None:
     """An answer was made, or given up because nothing answers; `flags` is what checking its citations changed."""
     record({contract.ABSTAINED: abstained, contract.CITATIONS: citations})
     note({contract.ABSTAINED: abstained})
     if groundedness is not None:
         record({contract.GROUNDED: groundedness})
+    if confidence is not None:
+        record({contract.CONFIDENCE: confidence})
     request = _request.get()
     if request is None:
         return
@@ -355,6 +384,8 @@ def answered(*, abstained: bool, citations: int, groundedness: float | None, fla
         metrics.count(contract.ABSTAIN)
     if groundedness is not None:
         metrics.observe(contract.GROUNDEDNESS, groundedness)
+    if confidence is not None:
+        metrics.count(contract.CONFIDENCES, confidence)
     for flag, metric in (("citation_removed", contract.INVALID_CITATIONS), ("uncited", contract.UNCITED)):
         if flag in flags:
             metrics.count(metric)

@@ -1,5 +1,6 @@
 """What tests of the store, the snapshots and the releases share: stores with built snapshots, copied so that each test owns its bytes."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import pytest
 
 from rag_serving.snapshots import Manifest
 from rag_serving.store import LocalStore
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; and how many threads compute is what some of them are about
 
 
 @pytest.fixture
@@ -31,3 +34,24 @@ def line(built: tuple[Path, list[Manifest]], tmp_path: Path) -> tuple[LocalStore
     """A private copy of `built`."""
     shutil.copytree(built[0], tmp_path / "line")
     return LocalStore(tmp_path / "line"), built[1]
+
+
+@pytest.fixture(scope="session")
+def two_built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest, Manifest]:
+    """A store folder with two snapshots of the same pages in two editions. Read only: copy it to change it."""
+    from small_service import two_snapshots
+
+    root = tmp_path_factory.mktemp("two")
+    return root, *two_snapshots(root)[1:]
+
+
+@pytest.fixture
+def two(two_built: tuple[Path, Manifest, Manifest], tmp_path: Path) -> tuple[LocalStore, Manifest, Manifest]:
+    """A store of the test's own with two snapshots, the first of them released."""
+    from small_service import release
+
+    root, first, second = two_built
+    shutil.copytree(root, tmp_path / "store")
+    store = LocalStore(tmp_path / "store")
+    release(store, first)
+    return store, first, second

@@ -9,7 +9,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from rag_assets import ingestion, steps
+from rag_assets import steps
 from rag_assets.evaluation import Evaluation
 from rag_assets.workbench import Workbench
 from rag_serving.promotion import promote
@@ -62,9 +62,7 @@ def settings_for(root: Path, **changes: Any) -> Settings:
 
 def evaluated(bench: Workbench, name: str) -> Evaluation:
     """The corpus embedded, built into a snapshot and measured with one model."""
-    ingestion.list_source_files(bench)
-    ingestion.parse_documents(bench)
-    ingestion.split_chunks(bench)
+    steps.ingest_corpus(bench)
     steps.embed_corpus(bench, name)
     steps.snapshot_corpus(bench, name)
     return steps.measure_current(bench, name, steps.load_eval_set(bench))

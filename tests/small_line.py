@@ -11,7 +11,9 @@ from typing import Any
 import pyarrow as pa
 
 from rag_assets.attributes import attributes_of, row_schema
-from rag_assets.indexing import Health, Recipe, build_snapshot
+from rag_assets.freezing import Health
+from rag_assets.indexing import build_snapshot
+from rag_assets.recipe import Recipe
 from rag_serving.models import load_model
 from rag_serving.passages import embedded_text
 from rag_serving.promotion import promote

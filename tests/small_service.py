@@ -15,13 +15,14 @@ from live_server import running
 
 from rag_assets.attributes import attributes_of, row_schema
 from rag_assets.embedding import embed
-from rag_assets.indexing import Recipe, build_snapshot
+from rag_assets.indexing import build_snapshot
+from rag_assets.recipe import Recipe
 from rag_serving import app, embedder
 from rag_serving.edge.problems import PROBLEMS
 from rag_serving.models import load_model
 from rag_serving.passages import embedded_text
 from rag_serving.promotion import promote
-from rag_serving.releases import Entry
+from rag_serving.releases import Action, Entry, Ledger
 from rag_serving.settings import Gate, ModelSpec, Places, Rerank, Serving, Settings
 from rag_serving.snapshots import Manifest
 from rag_serving.store import LocalStore
@@ -95,6 +96,15 @@ def release(store: LocalStore, manifest: Manifest) -> Entry:
     entry = promote(store, manifest.snapshot_id, gate=Gate(), actor="tester", reason="for a test", override=True)
     assert entry
     return entry
+
+
+def name_canary(store: LocalStore, manifest: Manifest) -> Entry:
+    """The ledger entry of a canary, without the verdicts that `start_canary` asks for."""
+    ledger = Ledger(store)
+    state = ledger.state()
+    named = {"snapshot_id": manifest.snapshot_id, "manifest_sha256": manifest.sha256}
+    evidence = {"champion": state.champion.snapshot_id}
+    return ledger.append(Action.CANARY, after=state.number, actor="tester", reason="to try it", evidence=evidence, **named)
 
 
 @contextmanager

@@ -12,12 +12,12 @@ from types import MappingProxyType
 
 from rich.console import Console
 
-from evals.bench import embedder, embedding, load, quality, reranking, retrieval, rollback, scale, verify
+from evals.bench import embedder, embedding, load, overhead, quality, reranking, retrieval, rollback, scale, verify
 from evals.bench.figures import Figure, figures_table, machine
 from evals.bench.rig import Rig
 from rag_assets.terminal import TerminalReporter
+from rag_serving.embedding.cpu import computes_bfloat16, thread_count
 from rag_serving.errors import RaglineError
-from rag_serving.models import computes_bfloat16, thread_count
 from rag_serving.settings import Settings, load_settings
 
 BENCHES: Mapping[str, Callable[[Rig], Awaitable[list[Figure]]]] = MappingProxyType(
@@ -27,6 +27,7 @@ BENCHES: Mapping[str, Callable[[Rig], Awaitable[list[Figure]]]] = MappingProxyTy
         "verify": verify.run,
         "rollback": rollback.run,
         "embedder": embedder.run,
+        "overhead": overhead.run,
         "load": load.run,
         "quality": quality.run,
         "reranking": reranking.run,

@@ -7,29 +7,24 @@ the request was due: what a slow service or a late sender holds up is counted, n
 import asyncio
 import json
 import random
-import shutil
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import count
-from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 
+from evals.bench.connections import Connections
 from evals.bench.figures import Figure, kept
 from evals.bench.processes import running
+from evals.bench.released import Released, released
 from evals.bench.rig import Rig
-from rag_assets import steps
 from rag_serving.app import serve
 from rag_serving.edge.keys import create_key
-from rag_serving.embedder import serve as serve_embedder
 from rag_serving.errors import PlatformError
-from rag_serving.promotion import promote
-from rag_serving.settings import Access, Settings
-from rag_serving.store import LocalStore, Store
+from rag_serving.settings import Access
 
 MODEL = "wordllama-256"
 IN_TIME_SECONDS = 3.0
@@ -90,40 +85,22 @@ def due_times(rate: float, seconds: float, *, seed: int) -> Iterator[float]:
 
 
 class Client:
-    """Plain HTTP/1.1 over kept connections: as little work a request as a load generator beside the service can do."""
+    """Who asks the query service, and waits PATIENCE_SECONDS at most."""
 
     def __init__(self, url: str) -> None:
-        self._host, self._port = urlsplit(url).hostname, urlsplit(url).port
-        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self._connections = Connections(url)
 
     async def ask(self, query: str, *, key: str = "", due: float) -> Reply:
         """One question to /v1/query; `due` is the moment (perf_counter) from which its latency counts."""
         try:
             async with asyncio.timeout(PATIENCE_SECONDS):
-                status, body = await self._sent(query, key)
+                status, body = await self._connections.post("/v1/query", json.dumps({"query": query}).encode(), key=key)
         except (OSError, EOFError, TimeoutError, ValueError):
             status, body = 0, b""
         return Reply(status, status == 200 and b'"degraded":[]' not in body, time.perf_counter() - due)
 
-    async def _sent(self, query: str, key: str) -> tuple[int, bytes]:
-        body = json.dumps({"query": query}).encode()
-        head = f"POST /v1/query HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-        reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(self._host, self._port)
-        try:
-            writer.write(head.encode() + (f"Authorization: Bearer {key}\r\n\r\n" if key else "\r\n").encode() + body)
-            told = (await reader.readuntil(b"\r\n\r\n")).lower()
-            length = int(told.partition(b"content-length:")[2].partition(b"\r\n")[0])
-            reply = await reader.readexactly(length)
-        except BaseException:
-            writer.close()
-            raise
-        self._idle.append((reader, writer))
-        return int(told.split(b" ", 2)[1]), reply
-
     async def aclose(self) -> None:
-        for _, writer in self._idle:
-            writer.close()
-        await asyncio.gather(*(writer.wait_closed() for _, writer in self._idle), return_exceptions=True)
+        await self._connections.aclose()
 
 
 class Load:
@@ -168,22 +145,14 @@ class Load:
 
 async def run(rig: Rig, *, model: str = MODEL, seconds: float = 8.0) -> list[Figure]:
     """Goodput, latency and refusals at 0.5, 1, 2 and 4 times capacity; then one key far over its quota beside others."""
-    await asyncio.to_thread(rig.chunk_texts)
-    queries = [query.text for query in steps.load_eval_set(rig.workbench).queries]
-    manifest = (await asyncio.to_thread(steps.snapshot_corpus, rig.workbench, model)).manifest
-    store = LocalStore(rig.scratch / "load")
-    await asyncio.to_thread(_copied, rig.workbench.store, store, manifest.snapshot_id)
-    promote(store, manifest.snapshot_id, gate=rig.settings.gate, actor="bench", reason="to be measured", override=True)
-    places = rig.settings.places.model_copy(update={"store": store.root})
-    settings = rig.settings.model_copy(update={"places": places})
-    async with running(serve_embedder, settings, models=[model]) as embedder_url:
-        settings = settings.model_copy(update={"places": places.model_copy(update={"embedder_url": embedder_url})})
-        capacity, figures = await _over_capacity(rig, settings, queries, seconds=seconds)
-        return figures + await _one_greedy_key(rig, settings, store, queries, rate=capacity / 4, seconds=seconds)
+    async with released(rig, model) as ready:
+        capacity, figures = await _over_capacity(rig, ready, seconds=seconds)
+        return figures + await _one_greedy_key(rig, ready, rate=capacity / 4, seconds=seconds)
 
 
-async def _over_capacity(rig: Rig, settings: Settings, queries: Sequence[str], *, seconds: float) -> tuple[float, list[Figure]]:
-    async with running(serve, settings) as url, _load(url, queries) as load:
+async def _over_capacity(rig: Rig, ready: Released, *, seconds: float) -> tuple[float, list[Figure]]:
+    settings = ready.settings
+    async with running(serve, settings) as url, _load(url, ready.queries) as load:
         await load.capacity(clients=settings.admission.concurrency, seconds=min(3.0, seconds))
         capacity = await load.capacity(clients=settings.admission.concurrency, seconds=seconds)
         if not capacity:
@@ -215,13 +184,11 @@ def _latency(what: str, seconds: Sequence[float], *, promise_ms: float | None = 
     return [Figure(what, p99, "ms", promise=promise, note="; ".join(part for part in (f"p50 {p50:.1f} ms", note) if part))]
 
 
-async def _one_greedy_key(
-    rig: Rig, settings: Settings, store: Store, queries: Sequence[str], *, rate: float, seconds: float
-) -> list[Figure]:
+async def _one_greedy_key(rig: Rig, ready: Released, *, rate: float, seconds: float) -> list[Figure]:
     """What other keys, with `rate` requests a second together, notice of one that sends a hundred times its quota."""
-    greedy_key, *keys = (create_key(store, f"caller-{number}", scopes=("query",), actor="bench")[0] for number in range(1 + _CALLERS))
-    settings = settings.model_copy(update={"access": Access(requests_per_minute=QUOTA)})
-    async with running(serve, settings) as url, _load(url, queries) as load:
+    greedy_key, *keys = (create_key(ready.store, f"caller-{number}", scopes=("query",), actor="bench")[0] for number in range(1 + _CALLERS))
+    settings = ready.settings.model_copy(update={"access": Access(requests_per_minute=QUOTA)})
+    async with running(serve, settings) as url, _load(url, ready.queries) as load:
         rig.reporter.note(f"{_CALLERS} keys with {rate:.0f} requests/s together, without and with one at 100 times its quota")
         await load.offered(rate, 2.0, seed=10, keys=keys)
         alone = await load.offered(rate, seconds, seed=11, keys=keys)
@@ -243,9 +210,3 @@ async def _load(url: str, queries: Sequence[str]) -> AsyncIterator[Load]:
         yield Load(client, queries)
     finally:
         await client.aclose()
-
-
-def _copied(source: Store, target: LocalStore, snapshot_id: str) -> None:
-    """The snapshot, in a store of its own, so that the ledger of the other stays as it is."""
-    place = Path("snapshots") / snapshot_id
-    shutil.copytree(source.folder(place.as_posix()), target.root / place)

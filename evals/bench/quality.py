@@ -10,7 +10,7 @@ from evals.bench.figures import Figure
 from evals.bench.rig import Rig
 from evals.collections import EvalSet
 from evals.metrics import summarise
-from rag_assets import ingestion, steps
+from rag_assets import steps
 from rag_assets.measurement import BM25_ALONE, DENSE_ALONE, measure
 from rag_assets.workbench import Workbench
 from rag_serving.retrieval import Retriever
@@ -41,8 +41,7 @@ async def _collection(rig: Rig, folder: Path, *, most: int) -> list[Figure]:
     )
 
     def snapshot() -> tuple[str, EvalSet]:
-        for step in (ingestion.list_source_files, ingestion.parse_documents, ingestion.split_chunks):
-            step(bench)
+        steps.ingest_corpus(bench)
         return steps.snapshot_corpus(bench, rig.model_name).manifest.snapshot_id, steps.load_eval_set(bench)
 
     snapshot_id, every = await asyncio.to_thread(snapshot)

@@ -15,7 +15,7 @@ from evals.bench.rig import Rig
 from evals.collections import EvalSet
 from evals.metrics import document_ranking, score_rankings, summarise
 from evals.significance import paired_difference
-from rag_assets import ingestion, steps
+from rag_assets import steps
 from rag_assets.fitting import Candidates, Fit, fit, gather
 from rag_assets.local_reranking import local_reranker
 from rag_assets.searching import Search
@@ -103,8 +103,7 @@ def _settings_for(settings: Settings, source: str) -> Settings:
 
 
 def _built(bench: Workbench, model_name: str) -> tuple[Manifest, EvalSet]:
-    for step in (ingestion.list_source_files, ingestion.parse_documents, ingestion.split_chunks):
-        step(bench)
+    steps.ingest_corpus(bench)
     started, before = time.perf_counter(), bench.tally["embedded"]
     manifest = steps.snapshot_corpus(bench, model_name).manifest
     bench.reporter.note(f"built in {time.perf_counter() - started:.0f} s, {bench.tally['embedded'] - before:,} texts encoded")

@@ -12,14 +12,16 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from rag_assets import ingestion, steps
+from rag_assets import steps
 from rag_assets.attributes import attributes_of, row_schema
 from rag_assets.corpus import read_table
-from rag_assets.indexing import Recipe, build_snapshot
+from rag_assets.indexing import build_snapshot
+from rag_assets.recipe import Recipe
 from rag_assets.workbench import Reporter, Workbench
+from rag_serving.embedding.pytorch import PARITY_FLOOR
 from rag_serving.embedding.weights import pull
 from rag_serving.errors import ModelError
-from rag_serving.models import PARITY_FLOOR, EmbeddingModel
+from rag_serving.models import EmbeddingModel
 from rag_serving.passages import embedded_text
 from rag_serving.settings import Settings
 from rag_serving.snapshots import Manifest
@@ -91,8 +93,7 @@ class Rig:
 
     def chunk_texts(self) -> list[str]:
         """The distinct embedded texts of the corpus, in order."""
-        for step in (ingestion.list_source_files, ingestion.parse_documents, ingestion.split_chunks):
-            step(self.workbench)
+        steps.ingest_corpus(self.workbench)
         _, chunks = read_table(self.workbench.store, "chunks")
         titles, texts = chunks["title"].to_pylist(), chunks["text"].to_pylist()
         return list(dict.fromkeys(embedded_text(title, text) for title, text in zip(titles, texts, strict=True)))

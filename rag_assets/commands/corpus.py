@@ -1,5 +1,6 @@
 """The corpus: plan."""
 
+import os
 from dataclasses import asdict
 from typing import Annotated
 
@@ -15,9 +16,12 @@ commands = typer.Typer()
 @commands.command()
 def plan(
     models: Annotated[str, typer.Option(help="Comma-separated model names, or all; default: default_models.")] = "",
+    source: Annotated[str, typer.Option(help="Corpus instead of corpus.source, such as folder:./docs.")] = "",
     as_json: Json = False,
 ) -> None:
     """What `ragline run` would do now, and what it would cost. Changes nothing."""
+    if source:
+        os.environ["RAGLINE_CORPUS"] = source
     from rag_assets.plan import plan as planned
     from rag_assets.terminal import TerminalReporter
     from rag_assets.workbench import Workbench

@@ -69,13 +69,15 @@ def track(as_json: Json = False) -> None:
     """Bring MLflow up to the store and the ledger: evaluations it lacks, comparisons with the champion, aliases."""
     from rag_assets.mirror import mirror
     from rag_assets.postgres import export, postgres
+    from rag_assets.steps import load_eval_set
     from rag_assets.terminal import TerminalReporter
     from rag_assets.workbench import Workbench
 
     settings = load_settings()
     with postgres(settings) as databases:
         os.environ.update(export(databases))
-        shown = mirror(Workbench(settings, reporter=TerminalReporter(errors)))
+        bench = Workbench(settings, reporter=TerminalReporter(errors))
+        shown = mirror(bench, load_eval_set(bench))
     if shown is None:
         raise PlatformError("MLflow was not brought up to date; the store has everything.", fix="Correct RAGLINE_MLFLOW_URL, or `make up`.")
     aliases = {alias: f"{shown.name} version {version}" for alias, version in shown.aliases.items()}

@@ -11,12 +11,13 @@ from rag_assets.defs.index import embeddings, index_snapshot
 from rag_assets.defs.registry import model_registry
 from rag_assets.defs.release import canary, production_release, quality_gate, warm_up_gate
 from rag_assets.defs.resources import SETTINGS
+from rag_assets.defs.traced import in_process
 from rag_assets.status import released_models
 
 build = dg.define_asset_job(
     "build",
     selection=dg.AssetSelection.assets(source_files, documents, chunks, embeddings, index_snapshot),
-    executor_def=dg.in_process_executor,
+    executor_def=in_process,
     tags={"ragline/heavy": "true"},
     description="From the source to a snapshot that nobody measured, for one embedding model: for a corpus without an eval set.",
 )
@@ -24,7 +25,7 @@ build = dg.define_asset_job(
 build_and_evaluate = dg.define_asset_job(
     "build_and_evaluate",
     selection=dg.AssetSelection.assets(source_files, documents, chunks, eval_set, embeddings, index_snapshot, retrieval_evaluation),
-    executor_def=dg.in_process_executor,
+    executor_def=in_process,
     tags={"ragline/heavy": "true"},
     description="From the source to an evaluated snapshot, for one embedding model.",
 )
@@ -32,7 +33,7 @@ build_and_evaluate = dg.define_asset_job(
 promote = dg.define_asset_job(
     "promote",
     selection=dg.AssetSelection.assets(model_leaderboard, quality_gate, warm_up_gate, canary, production_release, model_registry),
-    executor_def=dg.in_process_executor,
+    executor_def=in_process,
     description="Put the evaluated snapshots through the gates, best first, and promote the first that passes them all.",
 )
 
@@ -40,7 +41,7 @@ promote = dg.define_asset_job(
 drift = dg.define_asset_job(
     "weekly_drift",
     selection=dg.AssetSelection.assets(champion_evaluation, embedding_drift, query_drift, corpus_drift, index_health, model_registry),
-    executor_def=dg.in_process_executor,
+    executor_def=in_process,
     tags={"ragline/heavy": "true"},
     description="What is live, measured afresh: its evaluation, its vectors, the queries, the corpus, the index.",
 )

@@ -6,13 +6,14 @@ import dagster as dg
 
 from rag_assets import steps
 from rag_assets.contracts import CONTRACTS, ContractRows, check_contract, eval_set_rows, stored_rows
+from rag_assets.defs.traced import multi_asset_check
 from rag_assets.workbench import Workbench
 
 
 def _contract(name: str, rows: Callable[[Workbench], ContractRows]) -> dg.AssetChecksDefinition:
     specs = [dg.AssetCheckSpec(each.name, asset=name, description=each.promise, blocking=each.critical) for each in CONTRACTS[name]]
 
-    @dg.multi_asset_check(name=f"{name}_contract", specs=specs)
+    @multi_asset_check(name=f"{name}_contract", specs=specs)
     def contract(bench: dg.ResourceParam[Workbench]) -> Iterable[dg.AssetCheckResult]:
         checked = check_contract(name, rows(bench), docs=bench.settings.home / "contracts")
         for finding in checked.findings:

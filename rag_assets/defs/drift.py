@@ -8,6 +8,7 @@ from rag_assets import detectors
 from rag_assets.defs.evaluation import eval_set
 from rag_assets.defs.index import index_snapshot
 from rag_assets.defs.release import production_release
+from rag_assets.defs.traced import asset
 from rag_assets.drift import DriftReport
 from rag_assets.workbench import Workbench
 
@@ -29,7 +30,7 @@ def _result(report: DriftReport, check: str, **more: float) -> dg.MaterializeRes
     return dg.MaterializeResult(metadata=facts, check_results=[outcome])
 
 
-@dg.asset(
+@asset(
     group_name="drift",
     kinds={"json"},
     pool="embedder",
@@ -43,7 +44,7 @@ def champion_evaluation(bench: dg.ResourceParam[Workbench]) -> dg.MaterializeRes
     return _result(report, "mrr_held", **over_time)
 
 
-@dg.asset(
+@asset(
     group_name="drift",
     kinds={"json"},
     pool="embedder",
@@ -57,7 +58,7 @@ def embedding_drift(bench: dg.ResourceParam[Workbench]) -> dg.MaterializeResult:
     return _result(detectors.embedding_drift(bench), "vectors_as_stored")
 
 
-@dg.asset(
+@asset(
     group_name="drift",
     kinds={"json"},
     pool="embedder",
@@ -69,7 +70,7 @@ def query_drift(bench: dg.ResourceParam[Workbench]) -> dg.MaterializeResult:
     return _result(detectors.query_drift(bench), "queries_as_at_release")
 
 
-@dg.asset(
+@asset(
     group_name="drift",
     kinds={"json"},
     deps=[production_release, index_snapshot],
@@ -80,7 +81,7 @@ def corpus_drift(bench: dg.ResourceParam[Workbench]) -> dg.MaterializeResult:
     return _result(detectors.corpus_drift(bench), "corpus_as_released")
 
 
-@dg.asset(
+@asset(
     group_name="drift",
     kinds={"json"},
     deps=[champion_evaluation],

@@ -5,11 +5,12 @@ from typing import Any
 import dagster as dg
 
 from rag_assets.defs.release import production_release
+from rag_assets.defs.traced import asset, in_process
 from rag_assets.drill import drill_facts, run_drill
 from rag_assets.workbench import Workbench
 
 
-@dg.asset(group_name="release", deps=[production_release])
+@asset(group_name="release", deps=[production_release])
 def rollback_drill(bench: dg.ResourceParam[Workbench]) -> dg.MaterializeResult:
     """The previous snapshot, made live on a scratch store and asked probe queries: proof that a rollback works, with its seconds."""
     drill = run_drill(bench)
@@ -20,7 +21,7 @@ def rollback_drill(bench: dg.ResourceParam[Workbench]) -> dg.MaterializeResult:
 drill = dg.define_asset_job(
     "drill",
     selection=dg.AssetSelection.assets(rollback_drill),
-    executor_def=dg.in_process_executor,
+    executor_def=in_process,
     description="Rehearse the rollback to the previous snapshot on a scratch store.",
 )
 

@@ -15,6 +15,7 @@ from rag_assets.comparison import compare_with_champion
 from rag_assets.defs.corpus import documents
 from rag_assets.defs.index import index_snapshot
 from rag_assets.defs.resources import MODELS
+from rag_assets.defs.traced import asset
 from rag_assets.evaluation import Evaluation
 from rag_assets.gating import standings
 from rag_assets.leaderboard import leaderboard_rows
@@ -25,7 +26,7 @@ from rag_assets.workbench import Workbench
 _REGRESSIONS = 10
 
 
-@dg.asset(
+@asset(
     group_name="evaluation",
     kinds={"json"},
     deps=[documents],
@@ -47,7 +48,7 @@ def eval_set(bench: dg.ResourceParam[Workbench]) -> dg.MaterializeResult:
     return dg.MaterializeResult(metadata=facts, data_version=dg.DataVersion(loaded.sha256), check_results=[check])
 
 
-@dg.asset(
+@asset(
     group_name="evaluation",
     kinds={"mlflow"},
     partitions_def=MODELS,
@@ -85,7 +86,7 @@ def _mlflow_links(bench: Workbench, evaluation: Evaluation, queries: EvalSet) ->
     return {name: dg.MetadataValue.url(url) for name, url in shown.links(bench.settings, evaluation).items()}
 
 
-@dg.asset(group_name="evaluation", deps=[retrieval_evaluation])
+@asset(group_name="evaluation", deps=[retrieval_evaluation])
 def model_leaderboard(bench: dg.ResourceParam[Workbench]) -> dg.MaterializeResult:
     """Every embedding model on the same corpus and eval set, best first: quality with intervals, difference to the champion, speed, size."""
     found = standings(bench.store, steps.current_evaluations(bench, steps.load_eval_set(bench)))

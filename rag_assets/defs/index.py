@@ -7,6 +7,7 @@ import dagster as dg
 from rag_assets import steps
 from rag_assets.defs.corpus import chunks
 from rag_assets.defs.resources import MODELS
+from rag_assets.defs.traced import asset
 from rag_assets.workbench import Workbench
 
 
@@ -14,7 +15,7 @@ def _check(asset: str, name: str, promise: str) -> dg.AssetCheckSpec:
     return dg.AssetCheckSpec(name, asset=asset, blocking=True, description=promise)
 
 
-@dg.asset(
+@asset(
     group_name="index",
     kinds={"python"},
     code_version="2",
@@ -39,7 +40,7 @@ def embeddings(context: dg.AssetExecutionContext, bench: dg.ResourceParam[Workbe
     return dg.MaterializeResult(metadata=facts, data_version=dg.DataVersion(found.content_sha256), check_results=checks)
 
 
-@dg.asset(
+@asset(
     group_name="index",
     kinds={"lancedb"},
     code_version="2",

@@ -2,11 +2,12 @@
 
 import dagster as dg
 
+from rag_assets.defs.traced import asset, op
 from rag_assets.mirror import mirror
 from rag_assets.workbench import Workbench
 
 
-@dg.asset(group_name="release", kinds={"mlflow"}, deps=["production_release"])
+@asset(group_name="release", kinds={"mlflow"}, deps=["production_release"])
 def model_registry(bench: dg.ResourceParam[Workbench]) -> dg.MaterializeResult:
     """Evaluations, versions and the aliases champion and challenger in MLflow, brought up to the ledger. They decide nothing."""
     shown = mirror(bench)
@@ -16,7 +17,7 @@ def model_registry(bench: dg.ResourceParam[Workbench]) -> dg.MaterializeResult:
     return dg.MaterializeResult(metadata={"runs_logged": shown.logged, "versions": len(shown.versions), **aliases})
 
 
-@dg.op(ins={"changed": dg.In(dg.Nothing)})
+@op(ins={"changed": dg.In(dg.Nothing)})
 def mirror_release(bench: dg.ResourceParam[Workbench]) -> None:
     """Bring MLflow's aliases up to the ledger after a change of the release."""
     mirror(bench)

@@ -8,6 +8,8 @@ from rag_assets.alerts import Alert, Severity, send
 from rag_assets.defs.automation import drift
 from rag_assets.defs.drill import drill
 from rag_assets.defs.release import RollbackConfig, rollback
+from rag_assets.defs.traced import asset_check
+from rag_assets.defs.watched import sensor
 from rag_assets.holds import due_rollback, hold_findings, hold_missed_week
 from rag_assets.observations import tidy
 from rag_assets.release_log import release_facts, tell
@@ -26,7 +28,7 @@ release_ledger = dg.AssetSpec(
 )
 
 
-@dg.asset_check(
+@asset_check(
     asset=NO_HOLD.asset_key, name=NO_HOLD.name, description="Nothing is held, so a snapshot that passes its gates may be promoted."
 )
 def no_hold(bench: dg.ResourceParam[Workbench]) -> dg.AssetCheckResult:
@@ -34,7 +36,7 @@ def no_hold(bench: dg.ResourceParam[Workbench]) -> dg.AssetCheckResult:
     return dg.AssetCheckResult(passed=not facts["held"], metadata={name: facts[name] for name in ("held", "held_by")})
 
 
-@dg.sensor(job_name=rollback.name, minimum_interval_seconds=30, default_status=RUNNING)
+@sensor(job_name=rollback.name, minimum_interval_seconds=30, default_status=RUNNING)
 def drift_holds(bench: dg.ResourceParam[Workbench]) -> dg.SensorResult:
     """A hold for every new finding that asks for one; a rollback where the champion fell below the floor and ragline.toml says so."""
     placed = hold_findings(bench.store, actor="drift_holds sensor")
@@ -46,7 +48,7 @@ def drift_holds(bench: dg.ResourceParam[Workbench]) -> dg.SensorResult:
     return dg.SensorResult(skip_reason="; ".join(f"entry {entry.number}: {entry.reason}" for entry in placed) or "no new finding holds")
 
 
-@dg.sensor(minimum_interval_seconds=3600, default_status=RUNNING)
+@sensor(minimum_interval_seconds=3600, default_status=RUNNING)
 def missed_week(bench: dg.ResourceParam[Workbench]) -> dg.SensorResult:
     """A hold when no weekly run was complete for more than 8 days, since a silent watch proves nothing."""
     entry = hold_missed_week(bench.store, actor="missed_week sensor")
@@ -55,7 +57,7 @@ def missed_week(bench: dg.ResourceParam[Workbench]) -> dg.SensorResult:
     )
 
 
-@dg.sensor(minimum_interval_seconds=30, default_status=RUNNING)
+@sensor(minimum_interval_seconds=30, default_status=RUNNING)
 def canary_watch(context: dg.SensorEvaluationContext, bench: dg.ResourceParam[Workbench]) -> dg.SensorResult:
     """The end of a canary that real traffic shows to do harm, written in the ledger; or an alert where ragline.toml leaves the end to people."""
     settings, alpha = bench.settings.canary, bench.settings.gate.alpha
@@ -69,14 +71,14 @@ def canary_watch(context: dg.SensorEvaluationContext, bench: dg.ResourceParam[Wo
     return dg.SensorResult(skip_reason=shown.reason, cursor=str(shown.trial.entry.number) if told else context.cursor)
 
 
-@dg.sensor(minimum_interval_seconds=3600, default_status=RUNNING)
+@sensor(minimum_interval_seconds=3600, default_status=RUNNING)
 def observation_log(bench: dg.ResourceParam[Workbench]) -> dg.SensorResult:
     """The observation log kept small: an hour that is over becomes one part, and days beyond `canary.keep_days` go."""
     gone = tidy(bench.store, keep_days=bench.settings.canary.keep_days)
     return dg.SensorResult(skip_reason=f"{gone} parts were merged or taken away")
 
 
-@dg.sensor(minimum_interval_seconds=15, default_status=RUNNING)
+@sensor(minimum_interval_seconds=15, default_status=RUNNING)
 def releases(context: dg.SensorEvaluationContext, bench: dg.ResourceParam[Workbench]) -> dg.SensorResult:
     """Show the ledger on `release_ledger` whenever it has grown, and send an alert for each new entry."""
     entries = Ledger(bench.store).entries()

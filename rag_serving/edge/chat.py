@@ -21,7 +21,7 @@ from rag_serving.edge.streaming import AnswerStream
 from rag_serving.errors import QueryError
 from rag_serving.exchange import Exchange
 from rag_serving.pipeline import Found
-from rag_serving.writing.extraction import Answer
+from rag_serving.writing.extraction import Answer, Confidence
 
 MODEL = "ragline"
 _EXAMPLE: JsonDict = {"model": MODEL, "messages": [{"role": "user", "content": "How do I delete a bucket that still has objects in it?"}]}
@@ -100,6 +100,7 @@ class Provenance(Reply):
     abstained: bool
     generated: bool
     groundedness: float | None
+    confidence: Confidence | None
     flags: list[str]
     llm_problem: str | None
     degraded: list[str]

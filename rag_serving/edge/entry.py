@@ -16,6 +16,7 @@ from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.requests import ClientDisconnect
 
+from rag_serving import telemetry
 from rag_serving.admission import Body, admit_body
 from rag_serving.canary import conversation_of
 from rag_serving.deadline import Deadline
@@ -23,6 +24,7 @@ from rag_serving.edge.caller import Caller
 from rag_serving.edge.idempotency import Remembered
 from rag_serving.edge.keys import PREFIX, KeyRing, unauthorized
 from rag_serving.edge.quotas import Quotas, tokens_of
+from rag_serving.edge.sending import due
 from rag_serving.edge.shedding import Slots
 from rag_serving.errors import AccessError
 from rag_serving.exchange import Exchange
@@ -90,15 +92,17 @@ def allowed(scope: str) -> Callable[..., Awaitable[Caller]]:
             raise unauthorized()
         if scope not in caller.scopes:
             audit.warning(
-                "key %s (%s) without scope %s was refused %s %s, request %s",
+                "key %s (%s) without scope %s was refused %s %s, trace %s",
                 caller.name,
                 caller.key_id,
                 scope,
                 request.method,
-                request.url.path,
-                request.state.request_id,
+                request.scope["route"].path,
+                request.state.trace_id,
             )
             raise AccessError(f"this key has no scope {scope!r}.", fix="Use a key with that scope.", code="forbidden")
+        if not caller.anonymous:
+            telemetry.known(caller.key_id)
         await edge.quotas.check(caller)
         return caller
 
@@ -129,6 +133,7 @@ def asked(model: type[Body], scope: str) -> Callable[..., AsyncIterator[Asked[Bo
                 wanted = getattr(body, "deadline_ms", None)
                 if wanted is not None:
                     exchange.deadline = Deadline(min(exchange.deadline.at, arrived + wanted / 1000))
+                due(request.scope, exchange.deadline)
                 await held.enter_async_context(edge.slots.held(caller.key_id, exchange.deadline))
             if await request.is_disconnected():
                 raise ClientDisconnect

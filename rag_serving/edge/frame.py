@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from rag_serving import telemetry
 from rag_serving.edge.origins import Origins
 from rag_serving.edge.problems import for_openai, problem
+from rag_serving.edge.sending import send_in_time
 from rag_serving.errors import AccessError
 
 MOST_HEADER_BYTES = 16 << 10
@@ -61,7 +62,7 @@ class Frame:
                 out.setdefault("Cache-Control", "no-store")
                 for name, value in _SECURITY.items():
                     out[name] = value
-            await send(message)
+            await send_in_time(scope, send, message)
 
         if sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADER_BYTES:
             text = f"The headers are longer than {MOST_HEADER_BYTES} bytes together."
@@ -74,9 +75,9 @@ class Frame:
             await problem(error.code, error.what, error.fix, trace_id, openai=openai)(scope, receive, framed)
         except ClientDisconnect:
             seen.gone = True
-            log.info("request %s, trace %s: the client left", request_id, trace_id)
+            log.info("trace %s: the client left", trace_id)
         except Exception:
-            log.exception("request %s, trace %s failed", request_id, trace_id)
+            log.exception("trace %s failed", trace_id)
             if begun:
                 raise
             text = "The request could not be finished; the service's log has the details under the trace id."

@@ -37,7 +37,7 @@ _RETRIEVED = {
     "guards": [],
     **_MADE,
 }
-_ANSWERED = {"abstained": False, "generated": False, "groundedness": 1.0, "flags": [], "llm_problem": None}
+_ANSWERED = {"abstained": False, "generated": False, "groundedness": 1.0, "confidence": "medium", "flags": [], "llm_problem": None}
 _CITATIONS = [{"number": 1, **_PASSAGE}]
 _ENTRY = {"number": 7, "action": "promote", "actor": "ann", "reason": "", "at": "2026-11-02T09:30:00+00:00"} | {
     "snapshot_id": _SNAPSHOT["snapshot_id"],
@@ -90,7 +90,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         },
         "previous": None,
         "holds": [],
-        "open": {**_SNAPSHOT, "since": "2026-11-02T09:30:01.250+00:00"},
+        "open": {**_SNAPSHOT, "since": "2026-11-02T09:30:01.250+00:00", "fingerprint": "named"},
         "problem": None,
         "canary": None,
         "canary_problem": None,

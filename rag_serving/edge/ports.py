@@ -1,10 +1,14 @@
-"""Whether a server could listen at an address, asked before one is started: a server's own refusal comes late and as a log line."""
+"""Where a server listens: whether it could, asked before it is started since its own refusal comes late, and the socket it listens on."""
 
 import os
 import socket
 from contextlib import closing
 
+import uvicorn
+
 from rag_serving.errors import PlatformError
+
+STALLED_SECONDS = 20.0
 
 
 def port_is_free(host: str, port: int) -> bool:
@@ -18,6 +22,18 @@ def require_port(host: str, port: int, *, variable: str) -> None:
         raise PlatformError(
             f"cannot listen on {host}:{port}: {refusal}.", fix=f"Stop what listens there, or set {variable} to another port."
         )
+
+
+def listening(config: uvicorn.Config, *, stalled_seconds: float = STALLED_SECONDS) -> socket.socket:
+    """The socket of a server. A connection whose other end takes nothing for so long, though there is something to send, is cut.
+
+    Closing one waits for what is still to be sent, so without that a client that never reads would keep it open for good. The kernel does it
+    (TCP_USER_TIMEOUT, tcp(7): inherited by accepted connections) on Linux; elsewhere connections last as long as their clients.
+    """
+    listener = config.bind_socket()
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(stalled_seconds * 1000))
+    return listener
 
 
 def _refusal(host: str, port: int) -> str:

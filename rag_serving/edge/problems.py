@@ -37,6 +37,7 @@ PROBLEMS = {
     "headers_too_long": (431, "The headers are too long"),
     "internal": (500, "Something went wrong here"),
     "model_mismatch": (503, "The embedding service runs another model than the snapshot's"),
+    "search_unavailable": (503, "The index cannot be searched now"),
     "overloaded": (503, "There is no room for this request now"),
     "not_ready": (503, "No release is open"),
     "deadline_exceeded": (504, "The time for this request has ended"),

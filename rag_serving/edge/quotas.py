@@ -1,9 +1,12 @@
-"""What each API key may use: requests a minute and tokens a day, counted in this process. Whoever needs no key is not counted."""
+"""What each API key may use: requests a second and a minute, tokens a day, counted in this process. Whoever needs no key is not counted.
+
+The bound on a second keeps a key that sends its whole minute at once from taking every slot that others wait for.
+"""
 
 import math
 import time
 
-from limits import RateLimitItem, RateLimitItemPerDay, RateLimitItemPerMinute
+from limits import RateLimitItem, RateLimitItemPerDay, RateLimitItemPerMinute, RateLimitItemPerSecond
 from limits.aio.storage import MemoryStorage
 from limits.aio.strategies import FixedWindowRateLimiter, SlidingWindowCounterRateLimiter
 
@@ -26,16 +29,22 @@ class Quotas:
         storage = MemoryStorage()
         self._requests = SlidingWindowCounterRateLimiter(storage)
         self._tokens = FixedWindowRateLimiter(storage)
-        self._per_minute = RateLimitItemPerMinute(access.requests_per_minute) if access.requests_per_minute else None
+        self._rates: list[tuple[RateLimitItem, str]] = []
+        if access.requests_per_minute:
+            if access.burst_seconds:
+                burst = math.ceil(access.requests_per_minute / 60 * access.burst_seconds)
+                self._rates.append((RateLimitItemPerSecond(burst), "requests a second"))
+            self._rates.append((RateLimitItemPerMinute(access.requests_per_minute), "requests a minute"))
         self._per_day = RateLimitItemPerDay(access.tokens_per_day) if access.tokens_per_day else None
 
     async def check(self, caller: Caller) -> None:
         """Count one request. LimitExceeded `rate_limited` or `budget_exhausted`, with the seconds until there is room again."""
         if caller.anonymous:
             return
-        if self._per_minute and not await self._requests.hit(self._per_minute, caller.key_id):
-            reset = (await self._requests.get_window_stats(self._per_minute, caller.key_id)).reset_time
-            raise self._exceeded(self._per_minute, "requests a minute", "rate_limited", reset)
+        for rate, unit in self._rates:
+            if not await self._requests.hit(rate, caller.key_id):
+                reset = (await self._requests.get_window_stats(rate, caller.key_id)).reset_time
+                raise self._exceeded(rate, unit, "rate_limited", reset)
         if self._per_day and not await self._tokens.test(self._per_day, caller.key_id):
             reset = (await self._tokens.get_window_stats(self._per_day, caller.key_id)).reset_time
             raise self._exceeded(self._per_day, "tokens a day", "budget_exhausted", reset)

@@ -9,7 +9,7 @@ from rag_serving.exchange import Exchange
 from rag_serving.live import Live
 from rag_serving.pipeline import Found
 from rag_serving.releases import Entry, Release
-from rag_serving.writing.extraction import Answer, Flag
+from rag_serving.writing.extraction import Answer, Confidence, Flag
 
 HISTORY = 20
 
@@ -80,6 +80,9 @@ class QueryReply(RetrieveReply):
     abstained: bool
     generated: bool = Field(description="A language model wrote it; else it is quoted.")
     groundedness: float | None = Field(description="The share of its words that stand in what their own sentences cite; null if abstained.")
+    confidence: Confidence | None = Field(
+        description="high: at least two independent sources on topic are cited; low: none is, or little of it stands there; null if abstained."
+    )
     flags: list[Flag] = Field(description="What checking its citations changed.")
     llm_problem: str | None = Field(description="Why the language model's own answer is not, or not all, here.")
     usage: UsageReply | None = Field(description="Null when no language model was asked.")
@@ -120,6 +123,9 @@ class OpenReply(Reply):
     snapshot_id: str
     release: int
     since: str
+    fingerprint: Literal["named", "probed"] = Field(
+        description="How the embedding service shows that it runs the snapshot's model: by name in each reply, or by the vectors it gives."
+    )
 
 
 class ProblemReply(Reply):
@@ -167,6 +173,7 @@ def query_reply(found: Found, answer: Answer, exchange: Exchange) -> QueryReply:
         abstained=answer.abstained,
         generated=answer.generated,
         groundedness=answer.groundedness,
+        confidence=answer.confidence,
         flags=list(answer.flags),
         llm_problem=answer.problem,
         usage=UsageReply(prompt_tokens=answer.tokens_read, completion_tokens=answer.tokens_written) if answer.tokens_read else None,
@@ -193,7 +200,9 @@ def release_reply(live: Live) -> ReleaseReply:
         champion=_released(live, state.champion),
         previous=_released(live, state.previous),
         holds=[_entry(entry) for entry in state.holds],
-        open=OpenReply(snapshot_id=serving.snapshot_id, release=serving.number, since=serving.since) if serving else None,
+        open=OpenReply(snapshot_id=serving.snapshot_id, release=serving.number, since=serving.since, fingerprint=serving.fingerprint)
+        if serving
+        else None,
         problem=ProblemReply.model_validate(live.problem) if live.problem else None,
         canary=_released(live, state.canary),
         canary_problem=ProblemReply.model_validate(live.canary_problem) if live.canary_problem else None,

@@ -59,17 +59,17 @@ _FEEDBACK = takes(Feedback) | {
 }
 
 
-@routes.post("/v1/retrieve", openapi_extra=_BODY, responses=DOCUMENTED)
-async def retrieve(request: Request, admitted: Admitted) -> RetrieveReply:
+@routes.post("/v1/retrieve", response_model=RetrieveReply, openapi_extra=_BODY, responses=DOCUMENTED)
+async def retrieve(request: Request, admitted: Admitted) -> Response:
     """The passages nearest to a question, best first."""
     service: Service = request.app.state.service
     found = await pipeline.retrieve(service, admitted.body, admitted.exchange)
     admitted.spend(admitted.body.query, *(hit.text for hit in found.hits))
-    return retrieve_reply(found, admitted.exchange)
+    return _written(retrieve_reply(found, admitted.exchange))
 
 
 @routes.post("/v1/query", response_model=QueryReply, openapi_extra=takes(Ask), responses=_STREAMED)
-async def query(request: Request, admitted: Annotated[Asked[Ask], Depends(asked(Ask, "query"))]) -> QueryReply | Response:
+async def query(request: Request, admitted: Annotated[Asked[Ask], Depends(asked(Ask, "query"))]) -> Response:
     """An answer out of the passages nearest to a question, with citations; `abstained` when they hold none.
 
     With `stream`, or `Accept: text/event-stream`, the reply is events: hits, token, restart, citations and last done or error.
@@ -78,7 +78,12 @@ async def query(request: Request, admitted: Annotated[Asked[Ask], Depends(asked(
     if admitted.body.stream or EVENT_STREAM in request.headers.get("accept", ""):
         return QueryStream(admitted.exchange, work)
     found, answer = await while_connected(request.receive, work())
-    return query_reply(found, answer, admitted.exchange)
+    return _written(query_reply(found, answer, admitted.exchange))
+
+
+def _written(reply: BaseModel) -> Response:
+    """The reply as JSON, at once: FastAPI would check the model that we have just made a second time."""
+    return Response(reply.model_dump_json(), media_type="application/json")
 
 
 @routes.post("/v1/compare", openapi_extra=_BODY, responses=DOCUMENTED)
@@ -175,7 +180,7 @@ async def readyz(request: Request) -> dict[str, Any]:
 async def collected(request: Request) -> Response:
     """The metrics of this process, as Prometheus collects them."""
     state = request.app.state
-    levels = await asyncio.to_thread(vitals.levels, state.service, state.edge.slots, state.store)
+    levels = await asyncio.to_thread(vitals.levels, state.service, state.edge.slots, state.store, state.probe)
     body, media_type = metrics.exposition(levels, accept=request.headers.get("accept", ""))
     return Response(body, media_type=media_type)
 

@@ -47,7 +47,7 @@ class Slots:
 
     @property
     def waiting(self) -> int:
-        return sum(len(queue) for queue in self._queues.values())
+        return sum(map(len, tuple(self._queues.values())))  # in one step: it is read from another thread too
 
     @asynccontextmanager
     async def held(self, who: str, deadline: Deadline) -> AsyncIterator[None]:

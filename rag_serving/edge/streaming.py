@@ -3,7 +3,7 @@
 The events of /v1/query, each with JSON as data: `hits`, what the answer will rest on (the reply of /v1/retrieve); `token`, the next piece of the
 answer; `restart`, the pieces so far do not count; `citations`; and last `done`, the whole reply as without streaming, or `error`, a problem.
 The pieces since the last `hits` or `restart` are the answer of `done`. Until the first event nothing is sent, so an error before it is a
-refusal like any other.
+refusal like any other. Who does not read what is sent is left alone (sending.py), so that no slot is held for a client that stalls.
 """
 
 import asyncio
@@ -70,11 +70,17 @@ class AnswerStream(Response, ABC):
         self._work = work
         self._send: Send | None = None
         self._begun = False
+        self._stalled = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         del scope
         self._send = send
-        await while_connected(receive, self._run(), idle=self._ping)
+        try:
+            await while_connected(receive, self._run(), idle=self._ping)
+        except asyncio.CancelledError:
+            if not self._stalled:
+                raise
+            raise ClientDisconnect from None
 
     async def found(self, found: Found) -> None:
         await self._events(self.on_found(found))
@@ -116,12 +122,17 @@ class AnswerStream(Response, ABC):
             await self._put(KEEPALIVE_COMMENT, more=True)
 
     async def _put(self, data: bytes, *, more: bool) -> None:
+        """Send a piece. When the client has not taken what came before in time, all ends as if it had left."""
         if self._send is None:
             return
-        if not self._begun:
-            self._begun = True
-            await self._send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        await self._send({"type": "http.response.body", "body": data, "more_body": more})
+        try:
+            if not self._begun:
+                self._begun = True
+                await self._send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await self._send({"type": "http.response.body", "body": data, "more_body": more})
+        except ClientDisconnect:
+            self._stalled = True
+            raise asyncio.CancelledError from None
 
 
 class QueryStream(AnswerStream):
@@ -154,7 +165,7 @@ def _problem(error: Exception, exchange: Exchange) -> dict[str, Any]:
     if isinstance(error, RaglineError) and error.code in PROBLEMS:
         refusal = problem(error.code, error.what, error.fix, exchange.trace_id)
     else:
-        log.error("request %s, trace %s failed", exchange.request_id, exchange.trace_id, exc_info=error)
+        log.error("trace %s failed", exchange.trace_id, exc_info=error)
         text = "The answer could not be finished; the service's log has the details under the trace id."
         refusal = problem("internal", text, "Try again; report it with the trace id if it stays.", exchange.trace_id)
     found: dict[str, Any] = json.loads(bytes(refusal.body))

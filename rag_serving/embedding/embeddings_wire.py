@@ -15,6 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 Vectors = npt.NDArray[np.float32]
 
 MOST_TEXTS = 256  # of one request
+CODES = frozenset({  # of errors
+    "model_not_found", "invalid_dimensions", "unusable_text", "invalid_deadline", "unsupported_media_type", "overloaded", "deadline_exceeded",
+    "model", "internal",
+})  # fmt: skip
 DEADLINE_HEADER = "X-Ragline-Deadline-Ms"  # how many milliseconds the caller still waits
 
 Text = Annotated[str, StringConstraints(min_length=1, pattern=r"\S")]
@@ -88,9 +92,10 @@ class ReceivedReply(BaseModel):
     fingerprint: str | None = None
 
 
-def request_body(model: str, texts: Sequence[str]) -> bytes:
-    """A request for the vectors of queries."""
-    return json.dumps({"model": model, "input": list(texts), "input_type": "query", "encoding_format": "base64"}).encode()
+def request_body(model: str, texts: Sequence[str], *, plain: bool = False) -> bytes:
+    """A request for the vectors of queries; `plain`: of texts as they are, in the fields that every service of this shape knows."""
+    asked = {"model": model, "input": list(texts), "encoding_format": "base64"}
+    return json.dumps(asked if plain else {**asked, "input_type": "query"}).encode()
 
 
 def reply_body(request: EmbeddingsRequest, vectors: Vectors, *, tokens: int, fingerprint: str) -> bytes:
@@ -106,9 +111,10 @@ def _numbers(row: Vectors, encoding_format: str) -> str:
     return f'"{base64.b64encode(row.astype("<f4").tobytes()).decode()}"' if encoding_format == "base64" else json.dumps(row.tolist())
 
 
-def message_of(data: bytes) -> str:
-    """What the body of an error says, for a log line."""
+def code_of(data: bytes) -> str:
+    """The code in the body of an error, when it is one of ours: for a log line, which must not repeat what a service quotes of a request."""
     try:
-        return str(json.loads(data)["error"]["message"])[:200]
+        code = json.loads(data)["error"]["code"]
     except (ValueError, KeyError, TypeError):
-        return data.decode(errors="replace")[:200]
+        return "no code"
+    return code if isinstance(code, str) and code in CODES else "no code of ragline's"

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from rag_serving.embedding.cpu import own_thread_count
+
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from torch import Tensor
@@ -24,8 +26,10 @@ MOST_TOKENS = 320  # of one row: attention grows with its square
 def packed_encoder(model: "SentenceTransformer") -> Callable[[Sequence[str]], Vectors] | None:
     """Vectors (n, dims), not normalised, as `model.encode` gives them; None when the model is not a BERT with mean or CLS pooling.
 
-    The weights are taken as they are now: change the model's dtype before.
+    Several threads may encode at once, each on its share of the cores. The weights are taken as they are now: change the model's dtype before.
     """
+    import torch
+
     modules: list[Any] = [model[at] for at in range(len(model))]
     kinds = [type(module).__name__ for module in modules[1:]]
     bert: Any = getattr(modules[0], "auto_model", None)
@@ -38,6 +42,7 @@ def packed_encoder(model: "SentenceTransformer") -> Callable[[Sequence[str]], Ve
     forward = _Bert(bert)
 
     def encode(texts: Sequence[str]) -> Vectors:
+        torch.set_num_threads(own_thread_count())
         tokens = [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts))]
         return np.concatenate([_pooled(forward, row, cls=mode == "cls") for row in _rows(tokens)])
 

@@ -1,13 +1,12 @@
 """What the embedding service offers beside embeddings, for reranking: token vectors, and the configured cross-encoder as `/v1/rerank`.
 
-Both run outside the line of `batching`, one request at a time, and more than a few waiting ones are refused: who asks has a tight budget and
-something to fall back to.
+Both are computed by the threads of `batching`, each in a turn of its own: token vectors of queries in the order of arrival among queries, what
+is larger between two pieces of documents, so that no question waits for the reranking of another. More than a few waiting are refused.
 """
 
 import asyncio
 import base64
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from functools import partial
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request
@@ -19,7 +18,6 @@ from rag_serving.embedding.embeddings_wire import DEADLINE_HEADER
 from rag_serving.ranking.cross_encoder import CrossEncoder
 from rag_serving.settings import Settings
 
-MOST_WAITING = 32
 _UNSTATED = 60.0  # seconds, for a caller that names no deadline
 
 Text = Annotated[str, StringConstraints(min_length=1, pattern=r"\S")]
@@ -64,47 +62,22 @@ class RerankReply(BaseModel):
     fingerprint: str
 
 
-class Queue:
-    """One at a time, few waiting."""
-
-    def __init__(self) -> None:
-        self._turn = asyncio.Semaphore(1)
-        self._waiting = 0
-
-    @asynccontextmanager
-    async def turn(self, deadline: Deadline) -> AsyncIterator[None]:
-        """HTTP 503 when too many wait, 504 when the deadline passes before it is one's turn."""
-        if self._waiting >= MOST_WAITING:
-            raise HTTPException(503, "Too much work is waiting. Try again shortly.")
-        self._waiting += 1
-        try:
-            async with asyncio.timeout(deadline.remaining):
-                await self._turn.acquire()
-        except TimeoutError:
-            raise HTTPException(504, "The time for this request ended before its turn.") from None
-        finally:
-            self._waiting -= 1
-        try:
-            yield
-        finally:
-            self._turn.release()
-
-
 class Ranking:
     """What the routes below work with; the cross-encoder loads on first use."""
 
     def __init__(self, settings: Settings) -> None:
-        self.queue = Queue()
         self._settings = settings
+        self._loading = asyncio.Lock()
         self._cross_encoder: CrossEncoder | None = None
 
     async def cross_encoder(self, name: str) -> CrossEncoder:
-        """HTTP 404 unless that is the configured one, or none is named. Raises ModelError. Only within one's turn."""
+        """HTTP 404 unless that is the configured one, or none is named. Raises ModelError."""
         rule = self._settings.rerank
         if rule.method != "cross_encoder" or name not in {"", rule.model}:
             raise HTTPException(404, f"The reranker {name!r} is not configured.")
-        if self._cross_encoder is None:
-            self._cross_encoder = await asyncio.to_thread(CrossEncoder.load, rule.model, self._settings.models_dir)
+        async with self._loading:
+            if self._cross_encoder is None:
+                self._cross_encoder = await asyncio.to_thread(CrossEncoder.load, rule.model, self._settings.models_dir)
         return self._cross_encoder
 
 
@@ -123,8 +96,8 @@ async def token_embeddings(request: Request) -> TokensReply:
     if body.model not in shelf.specs:
         raise HTTPException(404, f"The model {body.model!r} is not configured.")
     model = await shelf.get(body.model)
-    async with request.app.state.ranking.queue.turn(deadline):
-        found = await asyncio.to_thread(model.encode_tokens, body.input, query=body.input_type == "query")
+    query = body.input_type == "query"
+    found = await request.app.state.bench.turn(partial(model.encode_tokens, body.input, query=query), query=query, deadline=deadline)
     data = [
         TokenRow(index=at, tokens=len(rows), embedding=base64.b64encode(rows.astype("<f4").tobytes()).decode())
         for at, rows in enumerate(found)
@@ -137,15 +110,16 @@ async def rerank(request: Request) -> RerankReply:
     """Scores of passages for a query by the configured cross-encoder, in Cohere's and Jina's shape."""
     body, deadline = await _read(request, RerankRequest)
     ranking: Ranking = request.app.state.ranking
-    async with ranking.queue.turn(deadline):
-        model = await ranking.cross_encoder(body.model)
-        scores = await model.relevance(body.query, body.documents, deadline=deadline)
+    model = await ranking.cross_encoder(body.model)
+    scores = await request.app.state.bench.turn(partial(model.scores, body.query, body.documents), query=False, deadline=deadline)
     order = (-scores).argsort(kind="stable").tolist()[: body.top_n]
     results = [RerankResult(index=at, relevance_score=float(scores[at])) for at in order]
     return RerankReply(model=body.model, results=results, fingerprint=model.fingerprint)
 
 
 async def _read(request: Request, model: type[Body]) -> tuple[Body, Deadline]:
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise HTTPException(415, "Send the body with Content-Type: application/json.")
     stated = request.headers.get(DEADLINE_HEADER, "")
     deadline = Deadline.after(int(stated) / 1000 if stated.isdecimal() and len(stated) < 10 else _UNSTATED)
     try:

@@ -5,29 +5,32 @@ A call never outlives the time it was given, and a reply is believed only with t
 """
 
 import asyncio
+import re
 import time
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import Self
 
-import httpx2
 import numpy as np
 from pydantic import ValidationError
 
 from rag_serving import telemetry
 from rag_serving.breaker import Breaker, Budget, State
+from rag_serving.connections import Pool, Reply, TooLong, Unreachable
 from rag_serving.deadline import Deadline
-from rag_serving.embedding.embeddings_wire import DEADLINE_HEADER, MOST_TEXTS, ReceivedReply, message_of, request_body
+from rag_serving.embedding.embeddings_wire import DEADLINE_HEADER, MOST_TEXTS, ReceivedReply, code_of, request_body
 from rag_serving.encoding import Vectors, checked_vectors
 from rag_serving.errors import EncoderError, EncoderUnavailable, ModelMismatch
 from rag_serving.settings import EncoderClient
 from rag_serving.signals import contract
 from rag_serving.telemetry import outgoing_headers
 
-MOST_CONNECTIONS = 32
 START_IT = "Start it with `ragline embedder`."
 _PAUSE = 0.02  # seconds before a second try, when the service names none
 _HURRY = 0.25  # a caller that grants less than this share of the usual patience says nothing about the service when it gives up
+_HEX = re.compile(r"[0-9a-f]{12,}")
 _LATENCIES = 256  # kept for the rolling p95
 _BYTES_A_NUMBER = 32  # of a reply, at most; beside some room for the rest
 
@@ -62,6 +65,10 @@ class _Cache:
                 found[text] = row
         return found
 
+    def recent(self, fingerprint: str, most: int) -> list[tuple[str, Vectors]]:
+        newest = islice(reversed(self._rows.items()), most)
+        return [(text, row) for (of, text), row in newest if of == fingerprint]
+
     def keep(self, fingerprint: str, texts: Sequence[str], vectors: Vectors) -> None:
         for text, row in zip(texts, vectors, strict=True):
             self._rows[fingerprint, text] = row.copy()  # a view would keep the whole reply
@@ -73,13 +80,22 @@ class RemoteEncoder:
     """The embedding service at `base_url`, whose replies must carry `fingerprint`; one `encode` takes at most `timeout_seconds`.
 
     A failed connection, 429 and 503 are tried once more while the retry budget lasts; a service that keeps failing is left alone by the
-    breaker. Vectors are cached by fingerprint and text. `state` and `traffic` tell how it goes.
+    breaker. Vectors are cached by fingerprint and text. `state` and `traffic` tell how it goes. With `unnamed` a reply may lack a fingerprint,
+    and texts go out as they are, without a prompt: for `ProbedEncoder`, which looks at the vectors instead.
 
     Connections are kept between calls and belong to the running event loop: `aclose()` before it ends; the encoder can be used again after.
     """
 
     def __init__(
-        self, base_url: str, model: str, fingerprint: str, *, dims: int, timeout_seconds: float, client: EncoderClient | None = None
+        self,
+        base_url: str,
+        model: str,
+        fingerprint: str,
+        *,
+        dims: int,
+        timeout_seconds: float,
+        client: EncoderClient | None = None,
+        unnamed: bool = False,
     ) -> None:
         client = client or EncoderClient()
         self.base_url = base_url.rstrip("/")
@@ -88,6 +104,7 @@ class RemoteEncoder:
         self.traffic = Traffic()
         self._dims = dims
         self._timeout_seconds = timeout_seconds
+        self._unnamed = unnamed
         self._breaker = Breaker(
             failures=client.breaker_failures, window_seconds=client.breaker_window_seconds, open_seconds=client.breaker_open_seconds
         )
@@ -95,9 +112,10 @@ class RemoteEncoder:
         self._hedges = Budget(client.hedge_share)
         self._hedging = client.hedge_share > 0
         self._latencies: deque[float] = deque(maxlen=_LATENCIES)
-        self._cache = _Cache(client.cache_entries)
-        self._client: httpx2.AsyncClient | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._cache_entries = client.cache_entries
+        self.forget()
+        self._users = 1
+        self._pool = Pool()
 
     @property
     def state(self) -> State:
@@ -119,10 +137,30 @@ class RemoteEncoder:
             self._cache.keep(self.fingerprint, group, vectors)
         return np.stack([rows[query] for query in queries]) if queries else np.empty((0, self._dims), dtype=np.float32)
 
+    @property
+    def in_use(self) -> bool:
+        """Whether somebody has not yet closed it."""
+        return self._users > 0
+
+    def shared(self) -> Self:
+        """The same for one more user, who closes it too: cache, connections and breaker are known to all of them."""
+        self._users += 1
+        return self
+
+    def recent(self, most: int) -> list[tuple[str, Vectors]]:
+        """The queries encoded last, at most so many, with the vector of each."""
+        return self._cache.recent(self.fingerprint, most)
+
+    def forget(self) -> None:
+        """Empty the cache."""
+        self._cache = _Cache(self._cache_entries)
+
     async def aclose(self) -> None:
-        client, self._client = self._client, None
-        if client is not None and self._loop is asyncio.get_running_loop():
-            await client.aclose()
+        """Close the connections when this was the last user."""
+        self._users -= 1
+        if self._users > 0:
+            return
+        await self._pool.aclose()
 
     async def _guarded(self, queries: Sequence[str], until: Deadline) -> Vectors:
         """Ask through the breaker, which hears how it went."""
@@ -134,6 +172,8 @@ class RemoteEncoder:
                     contract.REQUEST_MODEL: self.model,
                     contract.BATCH: len(queries),
                     contract.DIMENSIONS: self._dims,
+                    contract.ATTEMPT: 1,
+                    contract.HEDGED: False,
                 }
             )
             return await self._through_breaker(queries, until)
@@ -182,6 +222,7 @@ class RemoteEncoder:
             done, _ = await asyncio.wait(tasks, timeout=self._p95())
             if not done and self._hedges.spend():
                 self.traffic.hedges += 1
+                telemetry.record({contract.HEDGED: True})
                 tasks.add(asyncio.create_task(self._asked(queries, until, extra=True)))
             while True:
                 done, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -213,47 +254,36 @@ class RemoteEncoder:
                 raise
             await asyncio.sleep(error.pause)
         self.traffic.retries += 1
+        telemetry.record({contract.ATTEMPT: 2})
         return await self._ask(queries, until)
 
     async def _ask(self, queries: Sequence[str], until: Deadline) -> Vectors:
-        body = request_body(self.model, queries)
-        headers = {"Content-Type": "application/json", DEADLINE_HEADER: str(int(until.remaining * 1000)), **outgoing_headers()}
+        body = request_body(self.model, queries, plain=self._unnamed)
+        headers = {DEADLINE_HEADER: str(int(until.remaining * 1000)), **outgoing_headers()}
         most = len(queries) * self._dims * _BYTES_A_NUMBER + (64 << 10)
-        data = bytearray()
         try:
-            async with self._pool().stream("POST", "/v1/embeddings", content=body, headers=headers) as response:
-                async for piece in response.aiter_bytes():
-                    data += piece
-                    if len(data) > most:
-                        raise EncoderError(f"{self._origin} gave more than {most} bytes.", fix="Check what runs at that address.")
-        except httpx2.RequestError as error:
-            raise _TryAgain(f"{self._origin} cannot be reached: {type(error).__name__} {error}.", pause=_PAUSE) from error
-        return self._read(response, bytes(data), count=len(queries))
+            reply = await self._pool.post(f"{self.base_url}/v1/embeddings", body, headers, most=most)
+        except Unreachable as error:
+            raise _TryAgain(f"{self._origin} cannot be reached: {error}.", pause=_PAUSE) from error
+        except TooLong:
+            raise EncoderError(f"{self._origin} gave more than {most} bytes.", fix="Check what runs at that address.") from None
+        return self._read(reply, count=len(queries))
 
-    def _pool(self) -> httpx2.AsyncClient:
-        loop = asyncio.get_running_loop()
-        if self._client is None or self._loop is not loop:
-            limits = httpx2.Limits(max_connections=MOST_CONNECTIONS, max_keepalive_connections=MOST_CONNECTIONS, keepalive_expiry=30)
-            # every use is within an asyncio.timeout, which covers waiting for a connection too
-            self._client = httpx2.AsyncClient(base_url=self.base_url, timeout=None, limits=limits, trust_env=False)
-            self._loop = loop
-        return self._client
-
-    def _read(self, response: httpx2.Response, data: bytes, *, count: int) -> Vectors:
-        status = response.status_code
+    def _read(self, answered: Reply, *, count: int) -> Vectors:
+        status, data = answered.status, answered.data
         if status in {429, 503}:
-            raise _TryAgain(f"{self._origin} answered {status}: {message_of(data)}.", pause=_retry_after(response))
+            raise _TryAgain(f"{self._origin} answered {status} ({code_of(data)}).", pause=_retry_after(answered))
         if status >= 500:
-            raise EncoderUnavailable(f"{self._origin} answered {status}: {message_of(data)}.", fix=START_IT)
+            raise EncoderUnavailable(f"{self._origin} answered {status} ({code_of(data)}).", fix=START_IT)
         if status != 200:
-            raise _Refusal(f"{self._origin} refused {self.model!r} with {status}: {message_of(data)}.", fix="Check its configured models.")
+            raise _Refusal(f"{self._origin} refused {self.model!r} with {status} ({code_of(data)}).", fix="Check its configured models.")
         try:
             reply = ReceivedReply.model_validate_json(data)
         except ValidationError as error:
             what = f"{self._origin} gave no usable reply: {error.errors()[0]['msg']}."
             raise EncoderError(what, fix="Check what runs at that address.") from None
-        if reply.fingerprint != self.fingerprint:
-            served = (reply.fingerprint or "none")[:12]
+        if reply.fingerprint != self.fingerprint and not (self._unnamed and reply.fingerprint is None):
+            served = named[:12] if (named := reply.fingerprint) and _HEX.fullmatch(named) else "none"
             raise ModelMismatch(
                 f"{self._origin} serves {self.model!r} with fingerprint {served}, the snapshot needs {self.fingerprint[:12]}.",
                 fix="Run the embedder with the model, prompts and dtype the snapshot was built with, or build a new snapshot.",
@@ -280,6 +310,6 @@ class _TryAgain(EncoderUnavailable):
         self.pause = pause
 
 
-def _retry_after(response: httpx2.Response) -> float:
-    stated = response.headers.get("retry-after", "")
+def _retry_after(answered: Reply) -> float:
+    stated = answered.headers.get("retry-after", "")
     return float(stated) if stated.isdecimal() and len(stated) < 6 else _PAUSE

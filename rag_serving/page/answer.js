@@ -18,6 +18,11 @@ const LOST = {
   rerank: "The passages were not ranked a second time.",
   llm: "The language model did not give a whole answer: passages are quoted.",
 };
+const CONFIDENCE = {
+  high: "Confidence high: two independent documents or more, each on the question's topic.",
+  medium: "Confidence medium: one source, or not known to be on topic. Read the passage.",
+  low: "Confidence low: what it cites is hardly about the question, or says little of it.",
+};
 const GUARDED = {
   "input.injection": "The question reads like orders to a language model.",
   "context.injection": "Orders to a language model were taken out of the passages.",
@@ -38,6 +43,7 @@ function notes(reply) {
   if (reply.abstained) lines.push(["", "Nothing in the corpus answers this."]);
   else if (reply.generated) lines.push(["", `Written by a language model; ${percent(reply.groundedness ?? 0)} of its words stand in what it cites.`]);
   else lines.push(["", "Quoted word for word."]);
+  if (reply.confidence) lines.push([reply.confidence === "low" ? "guarded" : "confidence", CONFIDENCE[reply.confidence] || `Confidence: ${reply.confidence}.`]);
   for (const part of reply.degraded) lines.push(["degraded", LOST[part] || `Done without ${part}.`]);
   if (reply.flags.includes("citation_removed")) lines.push(["guarded", "A citation that did not hold was taken out."]);
   if (reply.flags.includes("uncited")) lines.push(["guarded", "Some of it cites nothing."]);

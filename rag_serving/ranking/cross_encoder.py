@@ -53,11 +53,15 @@ class CrossEncoder:
 
     async def relevance(self, query: str, texts: Sequence[str], *, deadline: Deadline) -> npt.NDArray[np.float64]:
         """RerankError when the time ended before the model was free."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._scores, query, list(texts), deadline)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._in_time, query, list(texts), deadline)
 
-    def _scores(self, query: str, texts: list[str], deadline: Deadline) -> npt.NDArray[np.float64]:
+    def _in_time(self, query: str, texts: list[str], deadline: Deadline) -> npt.NDArray[np.float64]:
         if deadline.expired:
             raise RerankError("the time for these passages ended before they were scored.", fix="Allow more time.")
+        return self.scores(query, texts)
+
+    def scores(self, query: str, texts: Sequence[str]) -> npt.NDArray[np.float64]:
+        """The same on the calling thread, float64 (texts,). From one thread at a time."""
         pairs: Any = [(query, text) for text in texts]
         return np.asarray(self._model.predict(pairs, batch_size=_BATCH, show_progress_bar=False), dtype=np.float64)
 

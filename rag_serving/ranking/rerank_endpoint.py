@@ -12,11 +12,11 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import httpx2
 import numpy as np
 import numpy.typing as npt
 from pydantic import AliasChoices, BaseModel, Field, TypeAdapter, ValidationError
 
+from rag_serving.connections import Pool, Reply, TooLong, Unreachable
 from rag_serving.deadline import Deadline
 from rag_serving.embedding.embeddings_wire import DEADLINE_HEADER
 from rag_serving.errors import RerankError
@@ -49,7 +49,7 @@ class RerankEndpoint:
         self._model = model
         self._key = key
         self._fingerprint = fingerprint
-        self._client: httpx2.AsyncClient | None = None
+        self._pool = Pool()
 
     async def relevance(self, query: str, texts: Sequence[str], *, deadline: Deadline) -> npt.NDArray[np.float64]:
         """The scores as the endpoint gives them. RerankError when it is down, slow, or gives no score or two for a passage."""
@@ -57,19 +57,19 @@ class RerankEndpoint:
             raise RerankError("no rerank endpoint is named.", fix="Set RAGLINE_RERANK_URL to its whole address, ending in /rerank.")
         try:
             async with asyncio.timeout(deadline.remaining):
-                response, data = await self._post(self._body(query, texts), deadline, most=len(texts) * _BYTES_A_PASSAGE + _RESERVE)
+                reply = await self._post(self._body(query, texts), deadline, most=len(texts) * _BYTES_A_PASSAGE + _RESERVE)
         except TimeoutError:
             raise RerankError("the rerank endpoint gave no answer in time.", fix="Raise rerank.budget_ms, or take a quicker one.") from None
-        except httpx2.TransportError as error:
-            raise RerankError(f"the rerank endpoint cannot be reached: {type(error).__name__}.", fix="Check what runs there.") from error
-        if response.status_code != 200:
-            raise RerankError(f"the rerank endpoint answered {response.status_code}.", fix="Check its model, its key and its log.")
-        return self._read(data, count=len(texts))
+        except Unreachable as error:
+            raise RerankError(f"the rerank endpoint cannot be reached: {error}.", fix="Check what runs there.") from error
+        except TooLong:
+            raise RerankError("the rerank endpoint gave more than its scores.", fix="Check what runs there.") from None
+        if reply.status != 200:
+            raise RerankError(f"the rerank endpoint answered {reply.status}.", fix="Check its model, its key and its log.")
+        return self._read(reply.data, count=len(texts))
 
     async def aclose(self) -> None:
-        client, self._client = self._client, None
-        if client is not None:
-            await client.aclose()
+        await self._pool.aclose()
 
     def _body(self, query: str, texts: Sequence[str]) -> dict[str, Any]:
         if not _VERSIONED.search(self._url):
@@ -77,20 +77,11 @@ class RerankEndpoint:
         body = {"query": query, "documents": list(texts), "top_n": len(texts), "return_documents": False}
         return {**body, "model": self._model} if self._model else body
 
-    async def _post(self, body: dict[str, Any], deadline: Deadline, *, most: int) -> tuple[httpx2.Response, bytes]:
-        if self._client is None:
-            limits = httpx2.Limits(max_connections=32, max_keepalive_connections=32, keepalive_expiry=30)
-            self._client = httpx2.AsyncClient(timeout=None, limits=limits, trust_env=False)
-        headers = {"Content-Type": "application/json", DEADLINE_HEADER: str(int(deadline.remaining * 1000)), **outgoing_headers()}
+    async def _post(self, body: dict[str, Any], deadline: Deadline, *, most: int) -> Reply:
+        headers = {DEADLINE_HEADER: str(int(deadline.remaining * 1000)), **outgoing_headers()}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
-        data = bytearray()
-        async with self._client.stream("POST", self._url, content=json.dumps(body).encode(), headers=headers) as response:
-            async for piece in response.aiter_bytes():
-                data += piece
-                if len(data) > most:
-                    raise RerankError(f"the rerank endpoint gave more than {most} bytes.", fix="Check what runs there.")
-        return response, bytes(data)
+        return await self._pool.post(self._url, json.dumps(body).encode(), headers, most=most)
 
     def _read(self, data: bytes, *, count: int) -> npt.NDArray[np.float64]:
         try:

@@ -5,11 +5,11 @@ import base64
 import json
 from collections.abc import Sequence
 
-import httpx2
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ValidationError
 
+from rag_serving.connections import Pool, Reply, TooLong, Unreachable
 from rag_serving.deadline import Deadline
 from rag_serving.embedding.embeddings_wire import DEADLINE_HEADER
 from rag_serving.embedding.remote_encoder import START_IT
@@ -39,40 +39,30 @@ class RemoteTokens:
         self._model = model
         self._fingerprint = fingerprint
         self._dims = dims
-        self._client: httpx2.AsyncClient | None = None
+        self._pool = Pool()
 
     async def encode_tokens(self, queries: Sequence[str], *, deadline: Deadline) -> list[Vectors]:
         """EncoderUnavailable when the service is down, slow or overloaded; ModelMismatch when it runs another model; else EncoderError."""
         try:
             async with asyncio.timeout(deadline.remaining):
-                response, data = await self._post(queries, deadline)
+                reply = await self._post(queries, deadline)
         except TimeoutError:
             raise EncoderUnavailable("the embedding service gave no token vectors in time.", fix=START_IT) from None
-        except httpx2.TransportError as error:
-            raise EncoderUnavailable(f"the embedding service cannot be reached: {type(error).__name__}.", fix=START_IT) from error
-        if response.status_code != 200:
-            raise EncoderUnavailable(f"the embedding service gave no token vectors: {response.status_code}.", fix="Look at its log.")
-        return self._read(data, count=len(queries))
+        except Unreachable as error:
+            raise EncoderUnavailable(f"the embedding service cannot be reached: {error}.", fix=START_IT) from error
+        except TooLong:
+            raise EncoderError("the embedding service gave more than its token vectors.", fix="Check what runs at that address.") from None
+        if reply.status != 200:
+            raise EncoderUnavailable(f"the embedding service gave no token vectors: {reply.status}.", fix="Look at its log.")
+        return self._read(reply.data, count=len(queries))
 
     async def aclose(self) -> None:
-        client, self._client = self._client, None
-        if client is not None:
-            await client.aclose()
+        await self._pool.aclose()
 
-    async def _post(self, queries: Sequence[str], deadline: Deadline) -> tuple[httpx2.Response, bytes]:
-        if self._client is None:
-            limits = httpx2.Limits(max_connections=32, max_keepalive_connections=32, keepalive_expiry=30)
-            self._client = httpx2.AsyncClient(timeout=None, limits=limits, trust_env=False)
+    async def _post(self, queries: Sequence[str], deadline: Deadline) -> Reply:
         body = json.dumps({"model": self._model, "input": list(queries), "input_type": "query"}).encode()
-        headers = {"Content-Type": "application/json", DEADLINE_HEADER: str(int(deadline.remaining * 1000)), **outgoing_headers()}
-        most = len(queries) * _MOST_TOKENS * self._dims * 6
-        data = bytearray()
-        async with self._client.stream("POST", self._url, content=body, headers=headers) as response:
-            async for piece in response.aiter_bytes():
-                data += piece
-                if len(data) > most:
-                    raise EncoderError(f"the embedding service gave more than {most} bytes.", fix="Check what runs at that address.")
-        return response, bytes(data)
+        headers = {DEADLINE_HEADER: str(int(deadline.remaining * 1000)), **outgoing_headers()}
+        return await self._pool.post(self._url, body, headers, most=len(queries) * _MOST_TOKENS * self._dims * 6)
 
     def _read(self, data: bytes, *, count: int) -> list[Vectors]:
         fix = "Check what runs at that address."

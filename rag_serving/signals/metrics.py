@@ -6,6 +6,7 @@ there when somebody collects, and what is not known is absent.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -31,7 +32,9 @@ def histogram(metric: Metric, registry: CollectorRegistry) -> Histogram:
     return Histogram(metric.name, metric.says, [label.name for label in metric.labels], buckets=metric.buckets, registry=registry)
 
 
+_Kind = TypeVar("_Kind", Counter, Histogram)
 _registry = CollectorRegistry()
+_children: dict[tuple[str, tuple[str, ...]], Any] = {}
 _counted = [metric for metric in METRICS if metric.where == "serving" and not metric.read]
 _counters = {metric.name: counter(metric, _registry) for metric in _counted if metric.kind == "counter"}
 _histograms = {metric.name: histogram(metric, _registry) for metric in _counted if metric.kind == "histogram"}
@@ -48,15 +51,12 @@ class Level:
 
 def count(metric: Metric, *labels: str, by: float = 1) -> None:
     """Add to a counter; `labels` are values in the order of its declaration."""
-    made = _counters[metric.name]
-    (made.labels(*_known(metric, labels)) if metric.labels else made).inc(by)
+    _child(_counters[metric.name], metric, labels).inc(by)
 
 
 def observe(metric: Metric, value: float, *labels: str, trace_id: str = "") -> None:
     """Add a value to a histogram; `trace_id` makes it the exemplar of its bucket."""
-    made = _histograms[metric.name]
-    exemplar = {"trace_id": trace_id} if trace_id else None
-    (made.labels(*_known(metric, labels)) if metric.labels else made).observe(value, exemplar)
+    _child(_histograms[metric.name], metric, labels).observe(value, {"trace_id": trace_id} if trace_id else None)
 
 
 def exposition(levels: Iterable[Level], *, accept: str = "") -> tuple[bytes, str]:
@@ -69,6 +69,19 @@ def samples(levels: Iterable[Level] = ()) -> dict[tuple[str, tuple[tuple[str, st
     """Every series by name and labels, with its value: what a test or a bench compares."""
     found = (sample for family in _Collected(tuple(levels)).collect() for sample in family.samples)
     return {(sample.name, tuple(sorted(sample.labels.items()))): sample.value for sample in found}
+
+
+def _child(made: _Kind, metric: Metric, labels: tuple[str, ...]) -> _Kind:
+    """What counts for these label values. Those of declared values are kept: finding them costs more than counting."""
+    if not metric.labels:
+        return made
+    known: _Kind | None = _children.get((metric.name, labels))
+    if known is None:
+        values = _known(metric, labels)
+        known = made.labels(*values)
+        if values == list(labels):
+            _children[metric.name, labels] = known
+    return known
 
 
 def _known(metric: Metric, labels: tuple[str, ...]) -> list[str]:

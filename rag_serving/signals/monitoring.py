@@ -83,8 +83,10 @@ _BURNS: tuple[tuple[str, float, str, str, Severity], ...] = (
     ("Slow", 1, "3d", "6h", "ticket"),
 )
 ZERO_RESULTS = "rag:zero_result:ratio_30m"
+DOCUMENT_SHARE = "rag:distinct_documents:ratio_30m"
 RECORDED = {
-    ZERO_RESULTS: f"sum(increase({contract.ZERO_RESULTS.name}[30m])) / sum(increase({contract.CHUNKS.name}_count[30m]))",
+    DOCUMENT_SHARE: f"sum(increase({contract.DISTINCT_SOURCES.name}_sum[30m])) / (sum(increase({contract.CHUNKS.name}_sum[30m])) > 0)",
+    ZERO_RESULTS: f"sum(increase({contract.ZERO_RESULTS.name}[30m])) / (sum(increase({contract.CHUNKS.name}_count[30m])) > 0)",
 }
 
 
@@ -99,6 +101,17 @@ def _burn_alerts() -> tuple[Alert, ...]:
             says = f"{slo.says}: the budget of 30 days burns {factor:g} times too fast over {long}"
             found.append(Alert(f"Rag{title}Burn{speed}", expr, severity, says, "the outcomes by route, then traces of those outcomes"))
     return tuple(found)
+
+
+def _fell(metric: Metric) -> str:
+    """What an evaluation measured is a fifth below what it was at the release, or in the release before."""
+    now, then = (f'min({metric.name}{{when="{when}"}})' for when in ("now", "$then"))
+    return " or ".join(f"{now} < 0.8 * {then}".replace("$then", when) for when in ("release", "before"))
+
+
+def _below_its_week(series: str) -> str:
+    """A fifth below the median of its last seven days."""
+    return f"{series} < 0.8 * quantile_over_time(0.5, {series}[7d])"
 
 
 def _old(metric: Metric, seconds: int) -> str:
@@ -146,11 +159,19 @@ ALERTS = (
         "the model's row in ragline.toml, its weights, and what the embedding service runs",
     ),
     Alert(
+        "RagServiceModelDrift",
+        f"min({contract.SERVICE_COSINE.name}) < 0.999 or min({contract.SERVICE_SAME_MODEL.name}) < 1",
+        "page",
+        "the embedding service gives other vectors than the live snapshot holds",
+        "what runs at the embedding service's address: its model, prompts and dtype; then its restart with those of the snapshot",
+        "2m",
+    ),
+    Alert(
         "RagIndexStale",
         f"max({contract.INDEX_AGE.name}) > {30 * _DAY} and max({contract.INDEX_BEHIND.name}) == 1",
         "ticket",
-        "the snapshot is older than 30 days and a newer corpus waits",
-        "why its promotion was refused: ragline status",
+        "the snapshot is older than 30 days and the source has changed since",
+        "the weekly_build schedule and its last run; why a newer snapshot was refused: ragline status",
     ),
     Alert(
         "RagUnindexedRows",
@@ -169,10 +190,19 @@ ALERTS = (
     ),
     Alert(
         "RagDiversityCollapse",
-        f'min({contract.DIVERSITY.name}{{when="now"}}) < 0.8 * min({contract.DIVERSITY.name}{{when="release"}})',
+        f"{_fell(contract.DIVERSITY)} or {_fell(contract.UNLIKENESS)}",
         "ticket",
-        "results name a fifth fewer distinct documents than at the release",
-        "duplicates and one-sided sources in the corpus: ragline corpus",
+        "results of the eval set name a fifth fewer documents, or differ a fifth less, than at the release or in the release before",
+        "near-duplicates and one-sided sources in the corpus: the asset `documents` names pairs; ragline rollback",
+    ),
+    Alert(
+        "RagResultsAlike",
+        f"{_below_its_week(contract.VARIETY.name)} or ({_below_its_week(DOCUMENT_SHARE)} "
+        f"and sum(increase({contract.CHUNKS.name}_count[30m])) > {FEWEST_REQUESTS})",
+        "ticket",
+        "what is found says one thing many times, or comes from a fifth fewer documents, than in the past week",
+        "what was released lately, and near-duplicates in it; a caller that asks one thing again and again",
+        "10m",
     ),
     Alert(
         "RagDrift",
@@ -236,6 +266,27 @@ ALERTS = (
         "the release before the live one is not open: a rollback would take longer",
         "ragline status; the files of that snapshot",
         "5m",
+    ),
+    Alert(
+        "RagRollbackUntested",
+        f"time() - max({contract.DRILL_AT.name}) > {8 * _DAY}",
+        "ticket",
+        "no rollback was rehearsed with success for 8 days",
+        "the last run of the drill job in Dagster",
+        "10m",
+    ),
+    Alert(
+        "RagSensorSilent",
+        " or ".join(
+            [
+                f"time() - max by (sensor) ({contract.HEARTBEAT.name}) > {3 * 3600}",
+                *(f'absent({contract.HEARTBEAT.name}{{sensor="{each}"}})' for each in contract.HEARTBEAT.labels[0].values),
+            ]
+        ),
+        "ticket",
+        "a sensor of the pipeline did nothing for 3 hours: holds, aborts and alerts wait for it",
+        "the Dagster daemon, and the last tick of that sensor",
+        "10m",
     ),
     Alert(
         "RagGenerationMismatch",

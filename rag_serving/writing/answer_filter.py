@@ -7,8 +7,6 @@ An address stays when its host is one of `answer_hosts`, or when it is the addre
 same host as that document; so no address can carry what was asked to a host that a document chose (EchoLeak, CVE-2025-32711).
 """
 
-import base64
-import codecs
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -18,6 +16,7 @@ from urllib.parse import urlsplit
 from rag_serving.guards import HIDDEN, JOINER_LAST, Event
 from rag_serving.retrieval import Hit
 from rag_serving.settings import GuardAction, Guards
+from rag_serving.writing.canary_watch import CanaryWatch
 
 IMAGE_REMOVED = "(image removed)"
 LINK_REMOVED = "(link removed)"
@@ -84,7 +83,7 @@ class AnswerFilter:
     def __init__(self, rules: Guards, *, hits: Iterable[Hit], canary: str = "") -> None:
         self._rules = rules
         self._vouched = _Vouched(rules.answer_hosts, [(hit.uri, hit.text) for hit in hits])
-        self._written, self._shown = _Watch(canary), _Watch(canary)
+        self._written, self._shown = CanaryWatch(canary), CanaryWatch(canary)
         self._raw, self._text = _Waiting(), _Waiting()
         self._length = 0
         self._counts = Counter[tuple[str, GuardAction]]()
@@ -273,46 +272,3 @@ def _host(address: str) -> str:
 
 def _stands_in(address: str, text: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(address)}(?!{_END}*[\w/=&%])", text) is not None
-
-
-class _Watch:
-    """Looks for the canary in a text that comes in pieces, and holds back what may be its beginning.
-
-    Halves of it count, whatever stands between their letters, in either case, backwards, as rot13, as hexadecimal and as base64.
-    """
-
-    def __init__(self, canary: str) -> None:
-        halves = (canary[: len(canary) // 2], canary[len(canary) // 2 :]) if canary else ()
-        self._needles = tuple({form for half in halves for form in _forms(half)})
-        self._starts = {needle[:size] for needle in self._needles for size in range(1, len(needle) + 1)}
-        self._longest = max(map(len, self._needles), default=0)
-        self._held = ""
-        self.seen = False
-
-    def feed(self, piece: str) -> str:
-        if not self._needles:
-            return piece
-        text = self._held + piece
-        places = [at for at, character in enumerate(text) if character.isascii() and character.isalnum()]
-        letters = "".join(text[at] for at in places).lower()
-        self.seen = self.seen or any(needle in letters for needle in self._needles)
-        for size in range(min(self._longest, len(letters)), 0, -1):
-            if letters[-size:] in self._starts:
-                self._held = text[places[-size] :]
-                return text[: places[-size]]
-        self._held = ""
-        return text
-
-    def close(self) -> str:
-        rest, self._held = self._held, ""
-        return rest
-
-
-def _forms(half: str) -> set[str]:
-    data = half.encode()
-    encoded = set()
-    for offset in range(3):
-        bits = base64.b64encode(b"\0" * offset + data).decode()
-        encoded.add(bits[-(-offset * 8 // 6) : (offset + len(data)) * 8 // 6])
-    forms = {half, half[::-1], codecs.encode(half, "rot13"), data.hex(), *encoded}
-    return {"".join(character for character in form if character.isalnum()).lower() for form in forms}

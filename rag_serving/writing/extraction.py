@@ -18,6 +18,7 @@ from rag_serving.context import Passage
 from rag_serving.wording import terms
 
 Flag = Literal["citation_removed", "citation_added", "uncited", "unsupported_removed", "truncated"]
+Confidence = Literal["high", "medium", "low"]
 
 MOST_SENTENCES = 3
 SCORE_FLOOR = 0.25
@@ -50,7 +51,7 @@ class Answer:
     `quotes` are the stretches of the passages that it rests on: those it consists of, or, when it was `generated` by a language model, those
     nearest to its sentences. `groundedness` is the share of its words that stand in what its sentences cite, None when abstained.
     `flags` says what checking its citations changed; `problem` why the language model's own answer is not, or not all, here.
-    The tokens are those that the language model counted, 0 without one.
+    The tokens are those that the language model counted, 0 without one. `confidence` is that of confidence.py, None until it is judged.
     """
 
     text: str
@@ -62,6 +63,7 @@ class Answer:
     problem: str | None = None
     tokens_read: int = 0
     tokens_written: int = 0
+    confidence: Confidence | None = None
 
     @property
     def cited(self) -> tuple[Passage, ...]:

@@ -15,12 +15,13 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Literal
 
 WEIGHTS = Path(__file__).with_name("injection.json")
 MOST_WORDS = 60  # of a window: in a longer one, an order would be lost among other words
+_KNOWN_TEXTS = 4096
 LEAST_WORDS = 4  # of a window: fewer say too little
 
 _WORD = re.compile(r"\w+")
@@ -33,6 +34,7 @@ _DIGITS = str.maketrans("01345@$", "oieasas")
 
 _TALK = r"(?:instructions?|prompts?|rules?|guidelines?|directives?|context|orders|anweisungen|instrucciones|istruzioni|instruç(?:ões|oes))"
 _DROP = r"(?:ignore|disregard|forget|override|bypass|ignoriere|vergiss|ignorez|oubliez|ignora|olvida|dimentica|ignorar|esqueça)"
+_ON = r"(?:[^.!?,\n]|[.!?,](?=\S))"  # a clause goes on, also past the dots of an address
 _MODEL = r"(?:ai|llm|assistants?|chat ?bots?|language models?|gpt|copilot|agents?)"
 _PATTERNS: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = tuple(
     (needs, re.compile(pattern, re.IGNORECASE | re.MULTILINE))
@@ -49,7 +51,8 @@ _PATTERNS: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = tuple(
             ("prompt", "instruction", "message"),
             (
                 r"\b(?:reveal|print|show|repeat|output|display|leak|recite|tell me|encode)\b[^.!?]{0,40}"
-                r"\b(?:system|hidden|secret|initial|original|your)\b[^.!?]{0,20}\b(?:prompts?|instructions|message)\b"
+                r"(?:\b(?:system|hidden|secret|initial|original|your)\b[^.!?]{0,20}\b(?:prompts?|instructions|message)\b"
+                r"|\b(?:prompts?|instructions)\b[^.!?]{0,12}\byou (?:were|are|have been|got|follow))"
             ),
         ),
         (
@@ -65,7 +68,18 @@ _PATTERNS: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = tuple(
                 r"\b(?:when(?:ever)? (?:you )?(?:answer|summari[sz]|respond|reply)\w*|in (?:every|your|each) (?:answer|reply|response)|"
                 r"(?:answer|reply|respond)(?: only)? with(?: exactly| only)?)\b[^.!?\n]{0,60}"
                 r"(?:\b(?:include|append|add|insert|embed|say|link|image)\b|['\"“]|https?:)"
-                r"|\b(?:include|append|add|insert|embed)\b[^.!?\n]{0,60}\b(?:to|in|at the end of) (?:every|your|each|the) (?:answer|reply|response)"
+                rf"|\b(?:include|append|add|insert|embed|open)\b{_ON}{{0,75}}"
+                r"\b(?:to|in|at the end of) (?:every|your|each|the) (?:answer|reply|response)"
+                r"|\byour (?:answer|reply|response)s? (?:must|should|has to|have to) (?:contain|include|carry|start|begin|end)\b[^.!?\n]{0,40}"
+                r"(?:['\"“]|https?:|\b(?:link|image|phrase|sentence)\b)"
+                r"|\b(?:answer|reply|respond) with (?:the|your) (?:secret|hidden|system)\b"
+            ),
+        ),
+        (
+            ("http", "](", "][", "//"),
+            (
+                rf"\balways (?:show|include|add|append|display|insert|mention)\b{_ON}{{0,60}}(?:!\[|(?<!:)//)"
+                rf"|\btell (?:the|your) (?:user|reader|customer|visitor)s? to\b{_ON}{{0,60}}\]\("
             ),
         ),
         (
@@ -150,10 +164,12 @@ def score(text: str) -> float:
     return max(classifier().score(reading) for reading in readings)
 
 
+@lru_cache(_KNOWN_TEXTS)
 def suspicions(text: str, *, threshold: float) -> tuple[Suspicion, ...]:
     """The sentences of a text that give orders to a model, in order; all of it when only the whole does.
 
-    Long sentences are looked at in windows of 60 words. Windows of fewer than four words count only when a pattern is in them.
+    Long sentences are looked at in windows of 60 words. Windows of fewer than four words count only when a pattern is in them. The passages
+    of an index come again and again: what was found in the last few thousand texts is known.
     """
     found, highest = [], 0.0
     for start, end in windows(text):

@@ -31,10 +31,11 @@ _CONNECTIONS = 64
 
 @dataclass(slots=True)
 class Usage:
-    """Tokens as the endpoint counted them; None when it did not say."""
+    """Tokens as the endpoint counted them, None when it did not say; and why it ended, "" when it did not."""
 
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    ended: str = ""
 
 
 class LanguageModel:
@@ -223,7 +224,7 @@ class _Reply:
         text, finish = choice.delta.content or "", choice.finish_reason or ""
         if not isinstance(text, str) or not isinstance(finish, str):
             raise TypeError("content is no text")
-        self.ended = finish or self.ended
+        self.ended = self.usage.ended = finish or self.ended
         self.written += len(text)
         return text
 

@@ -8,12 +8,14 @@ from pathlib import Path
 from threading import Event
 
 from rag_serving.edge.ports import require_port
-from rag_serving.embedding.weights import pull, recipes
+from rag_serving.embedding.pins import recipes
+from rag_serving.embedding.weights import pull
 from rag_serving.errors import ConfigError, ModelError
 from rag_serving.settings import Settings
 
 PINS = Path(__file__).with_name("llm_weights.toml")
 _PROMPT_TOKENS = 1024  # of a context, for the rules, their examples and the question
+_STEP_TOKENS = 128  # read at a time: only in between is a request whose client left ended, or the process
 
 
 def fetch(settings: Settings) -> Path:
@@ -42,6 +44,8 @@ def serve(settings: Settings, *, host: str, port: int) -> None:
     parameters.hostnames, parameters.port = [host], port
     parameters.n_ctx = generation.context_tokens + generation.answer_tokens + _PROMPT_TOKENS
     parameters.n_parallel = 1
+    parameters.n_batch = parameters.n_ubatch = _STEP_TOKENS
+    parameters.cache_ram_mib = 0  # each prompt begins with bits of its own, so none is of use for another
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = chosen.threads
     parameters.ui = False
     stopped = Event()

@@ -43,6 +43,10 @@ class Relevance:
         except (StoreError, ValueError, KeyError, TypeError) as error:
             log.warning("the threshold %s cannot be read: %s", self._key, error)
 
+    def reached_by(self, hit: Hit) -> bool | None:
+        """Whether the hit reaches the threshold; None while there is none, or when it was found by words alone."""
+        return None if self.threshold is None or SIGNAL not in hit.signals else hit.signals[SIGNAL] >= self.threshold
+
     def refuses(self, hits: Iterable[Hit]) -> bool:
         """Whether none of the hits reaches the threshold. Hits that were found by words alone say nothing."""
         scores = [hit.signals[SIGNAL] for hit in hits if SIGNAL in hit.signals]

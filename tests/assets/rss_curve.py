@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from rag_assets import ingestion
+from rag_assets import cutting, ingestion
 from rag_assets.sources import DOCUMENT, Item
 from rag_assets.workbench import Workbench
 from rag_serving.settings import Chunking, Corpus, ModelSpec, Settings
@@ -61,7 +61,7 @@ def main(count: int) -> None:
         )
         bench = Workbench(settings, store=LocalStore(Path(folder) / "store"), reporter=Watching())
         for source.round in (0, 1):
-            for step in (ingestion.list_source_files, ingestion.parse_documents, ingestion.split_chunks):
+            for step in (ingestion.list_source_files, ingestion.parse_documents, cutting.split_chunks):
                 made = step(bench)
                 print(made.table.name, made.table.rows, dict(made.counts), file=sys.stderr, flush=True)
 

@@ -47,8 +47,7 @@ class Shelf:
     def snapshot(self):
         """The snapshot of the documents as they are now, and how many texts were embedded for it."""
         self.path.write_text("\n".join(map(json.dumps, self.rows.values())))
-        for step in (ingestion.list_source_files, ingestion.parse_documents, ingestion.split_chunks):
-            step(self.bench)
+        steps.ingest_corpus(self.bench)
         before = self.bench.tally["embedded"]
         built = steps.snapshot_corpus(self.bench, SPEC.name)
         return built, self.bench.tally["embedded"] - before

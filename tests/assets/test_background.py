@@ -9,7 +9,7 @@ import pytest
 from evals.collections import EvalSetError
 from evals.power import queries_needed
 from evals.significance import EvidenceError, paired_spread
-from rag_assets import ingestion, steps
+from rag_assets import steps
 from rag_assets.background import background_of, require_uncontaminated
 from rag_assets.evaluation import query_slices, read_rows, reciprocal_ranks
 from rag_assets.gating import judge
@@ -56,8 +56,7 @@ def bench_for(root: Path, **more: dict[str, object]) -> Workbench:
         places=Places(home=root),
     )
     bench = Workbench(settings)
-    for step in (ingestion.list_source_files, ingestion.parse_documents, ingestion.split_chunks):
-        step(bench)
+    steps.ingest_corpus(bench)
     return bench
 
 
@@ -154,8 +153,7 @@ def test_long_papers_are_told_apart_by_span_scores(tmp_path):
         root=tmp_path, corpus=Corpus(source=address), eval=EvalSetChoice(source=address), models=MODELS[1:], places=Places(home=tmp_path)
     )
     bench = Workbench(settings)
-    for step in (ingestion.list_source_files, ingestion.parse_documents, ingestion.split_chunks):
-        step(bench)
+    steps.ingest_corpus(bench)
     evaluation = steps.evaluate_snapshot(bench, steps.snapshot_corpus(bench, "hashing-256").manifest, steps.load_eval_set(bench))
     print({name: round(value, 4) for name, value in evaluation.metrics.items()})
     assert evaluation.metrics["span_queries"] == 1_380

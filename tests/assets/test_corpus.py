@@ -145,7 +145,7 @@ def test_a_damaged_pointer_is_refused(store, data):
 def test_absent_and_former_tables(store):
     """Before the first run there is no table, and reading it says what to run; a pointer of the layout before parts counts as none."""
     assert current_table(store, "chunks") is None
-    with pytest.raises(StoreError, match="no chunks in the store yet"):
+    with pytest.raises(StoreError, match="no table of chunks yet"):
         read_table(store, "chunks")
     store.write("corpus/chunks.json", b'{"name": "chunks", "sha256": "0", "content_sha256": "0", "made_from": "", "rows": 1}')
     assert current_table(store, "chunks") is None

@@ -17,16 +17,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from generated_corpus import evaluated, settings_for, write_corpus
+from live_server import running
 from pydantic import SecretStr
 
-from rag_assets import detectors, ingestion, steps
+from rag_assets import cutting, detectors, steps
 from rag_assets.drift import DETECTORS, DriftReport, keep_report, last_weekly_success, latest_findings, latest_report, read_reports
 from rag_assets.evaluation import evaluation_history, query_slices
 from rag_assets.workbench import Workbench
+from rag_serving import embedder
 from rag_serving.errors import SnapshotError, StoreError
 from rag_serving.promotion import promote, rollback
 from rag_serving.releases import Ledger
-from rag_serving.settings import Drift, ModelSpec
+from rag_serving.settings import Drift, ModelSpec, Places
 from rag_serving.snapshots import snapshot_key
 
 NAME = "hashing-256"
@@ -182,6 +184,26 @@ def test_the_same_model_that_computes_otherwise_is_a_hold(bench):
     assert f"{report.numbers['cosine_mean']:.5f}" in report.findings[0].detail
 
 
+def test_an_embedding_service_that_gives_other_vectors_is_a_hold(bench, root):
+    """A service that computes otherwise than the pipeline, or runs another model, places a hold though the pipeline's own vectors are well."""
+    service = embedder.create_app(settings_for(root), preload=[NAME])
+    with running(service, ready_path="/readyz") as url:
+        asking = Workbench(settings_for(root, places=Places(home=root, embedder_url=url)))
+        report = detectors.embedding_drift(asking)
+        assert (report.numbers["service_cosine"], report.findings) == (pytest.approx(1, abs=1e-6), ())
+        loaded = service.state.shelf.loaded
+        loaded[NAME] = computing_otherwise(bench, 0.06).model(NAME)
+        report = detectors.embedding_drift(asking)
+        assert report.numbers["cosine_mean"] == pytest.approx(1, abs=1e-6)
+        assert 0.99 < report.numbers["service_cosine"] < 0.999
+        assert kinds(bench) == {("runtime", "hold")}
+        loaded[NAME] = swapped(root, document_prompt="passage: ").model(NAME)
+        assert detectors.embedding_drift(asking).numbers["service_same_model"] == 0.0
+        assert kinds(bench) == {("fingerprint", "hold")}
+    assert "service_cosine" not in detectors.embedding_drift(asking).numbers
+    assert kinds(bench) == set()
+
+
 def test_a_fallen_mrr_is_a_hold_with_its_numbers(bench):
     """Query vectors that became noise: the loss against the release is significant, the champion is below the floor, and the finding says so."""
     report = detectors.evaluation_drift(computing_otherwise(bench, 1.0))
@@ -205,9 +227,8 @@ def test_an_equal_document_in_a_newer_corpus_is_no_fall(bench, root):
     rows = [json.loads(line) for line in corpus.read_text().splitlines()]
     twins = [{**row, "_id": f"a{row['_id']}"} for row in rows[:30]]
     corpus.write_text("\n".join(json.dumps(row) for row in twins + rows))
-    for step in (ingestion.list_source_files, ingestion.parse_documents, ingestion.split_chunks):
-        step(bench)
-    assert ingestion.aliases(bench)["d0"] == "ad0"
+    steps.ingest_corpus(bench)
+    assert cutting.aliases(bench)["d0"] == "ad0"
     report = detectors.evaluation_drift(bench)
     assert (report.numbers["difference"], report.findings) == (0.0, ())
 
@@ -216,8 +237,7 @@ def test_slices_are_kept_when_the_corpus_moved_on(bench, root):
     """A champion that is measured while a newer corpus is there has the slices of its queries, which a later gate compares."""
     with (root / "beir" / "corpus.jsonl").open("a") as corpus:
         corpus.write("\n" + json.dumps({"_id": "new", "title": "", "text": "a document of today"}))
-    for step in (ingestion.list_source_files, ingestion.parse_documents, ingestion.split_chunks):
-        step(bench)
+    steps.ingest_corpus(bench)
     detectors.evaluation_drift(bench)
     manifest_sha256 = Ledger(bench.store).state().champion.manifest_sha256
     measured = evaluation_history(bench.store, manifest_sha256, steps.load_eval_set(bench).sha256)[-1]
@@ -327,6 +347,48 @@ def test_an_old_champion_warns_once_there_is_a_newer_corpus(root):
     assert kinds(bench) == {("stale", "warn")}
     assert (report.snapshot_id, report.numbers["corpus_behind"]) == (champion(bench), 1.0)
     assert 0 < report.numbers["age_days"] < 1
+
+
+def test_a_source_that_changed_without_a_build_is_behind(root):
+    """A document that was added, changed or taken out since the source was read shows, though nothing was built.
+
+    So does a corpus that was read and not built. An old champion is then stale, and the finding says why.
+    """
+    bench = Workbench(settings_for(root, drift=Drift(max_age_days=1e-6)))
+    corpus = root / "beir" / "corpus.jsonl"
+    lines = corpus.read_text(encoding="utf-8").splitlines()
+    changed = json.dumps({**json.loads(lines[1]), "text": "other words"})
+    corpus.write_text("\n".join([changed, *lines[2:], json.dumps({"_id": "new", "title": "", "text": "a document of today"})]))
+    report = detectors.index_health(bench)
+    assert (report.numbers["corpus_behind"], report.numbers["source_changes"]) == (1.0, 3.0)
+    assert "3 items of the source" in report.findings[0].detail
+    steps.ingest_corpus(bench)
+    report = detectors.index_health(bench)
+    assert (report.numbers["corpus_behind"], report.numbers["source_changes"]) == (1.0, 0.0)
+    assert "no snapshot was built" in report.findings[0].detail
+
+
+def test_a_source_that_cannot_be_listed_counts_as_changed(root):
+    """Nobody can tell then that the champion is current: the detector reports all the same, and an old champion is stale."""
+    bench = Workbench(settings_for(root, drift=Drift(max_age_days=1e-6)))
+    shutil.rmtree(root / "beir")
+    report = detectors.index_health(bench)
+    assert (report.numbers["corpus_behind"], "source_changes" in report.numbers) == (1.0, False)
+    assert "cannot be listed" in report.findings[0].detail
+
+
+def test_results_are_compared_with_the_release_before(bench, root):
+    """The evaluation of a release shows what the results of the one before were like; one of them flooded with copies is a warning."""
+    numbers = {"distinct_documents_at_10": 9.0, LOST: 9.0, "intra_list_similarity_at_10": 0.4, "intra_list_similarity_at_10_before": 0.1}
+    keep_report(bench.store, DriftReport("evaluation", champion(bench), now(), "measured", numbers))
+    (finding,) = detectors.index_health(bench).findings
+    assert (finding.kind, "33% less than in the release before" in finding.detail) == ("diversity", True)
+    earlier = Ledger(bench.store).state().previous
+    steps.measure_current(bench, "hashing-64", steps.load_eval_set(bench))
+    (before,) = evaluation_history(bench.store, earlier.manifest_sha256, steps.load_eval_set(bench).sha256)
+    report = detectors.evaluation_drift(bench)
+    name = "intra_list_similarity_at_10"
+    assert report.numbers[f"{name}_before"] == before.metrics[name] != report.numbers[name]
 
 
 def test_lost_diversity_warns(bench):

@@ -10,7 +10,9 @@ from pydantic import SecretStr
 
 from rag_assets import doctor
 from rag_assets.doctor import Finding, examine
+from rag_serving.edge.keys import create_key, revoke_key
 from rag_serving.settings import ModelSpec, Places, Settings
+from rag_serving.store import LocalStore
 
 HASHING = ModelSpec(name="hashing", source="hashing:64", dims=64, max_tokens=512, dtype="auto")
 
@@ -102,3 +104,30 @@ def test_no_models(tmp_path, without_postgres):
     configuration = find(examine(Settings(root=tmp_path, places=Places(home=Path("state")))), "configuration")
     assert not configuration.ok
     assert "ragline.toml" in configuration.fix
+
+
+def test_api_keys_are_looked_at(tmp_path, without_postgres):
+    """Keys in force are counted; with none left that may query, or a damaged record, nobody is told a working machine."""
+    settings = settings_of(tmp_path)
+    assert find(examine(settings), "API keys").detail == "none: this machine alone may ask"
+    store = LocalStore(settings.store_dir)
+    create_key(store, "page", scopes=["query"], actor="tester")
+    create_key(store, "scraper", scopes=["read"], actor="tester")
+    well = find(examine(settings), "API keys")
+    assert (well.ok, well.detail) == (True, "2 made, 2 in force, 1 that may query")
+    revoke_key(store, "page", actor="tester", reason="lost")
+    useless = find(examine(settings), "API keys")
+    assert (useless.ok, useless.detail) == (False, "2 made, 1 in force, 0 that may query")
+    assert "ragline keys create" in useless.fix
+    (settings.store_dir / "access/keys/scraper.json").write_text("{}")
+    damaged = find(examine(settings), "API keys")
+    assert not damaged.ok
+    assert "access/keys/scraper.json" in damaged.detail
+    assert damaged.fix
+
+
+def test_a_reachable_service_without_keys(tmp_path, without_postgres):
+    """A host that other machines reach needs a key before it serves, and doctor says so first."""
+    open_to_all = find(examine(settings_of(tmp_path, host="0.0.0.0")), "API keys")  # noqa: S104 - never listened on
+    assert not open_to_all.ok
+    assert "ragline keys create" in open_to_all.fix

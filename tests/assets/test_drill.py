@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import dagster as dg
@@ -12,6 +13,7 @@ from rag_assets.drill import run_drill
 from rag_assets.workbench import Workbench
 from rag_serving.errors import ConfigError, DrillFailed, ModelMismatch, SnapshotError
 from rag_serving.releases import Ledger
+from rag_serving.seals import unsealed
 from rag_serving.settings import Drift, ModelSpec, Rerank, RerankWeights
 from rag_serving.snapshots import TABLE, snapshot_key
 
@@ -67,9 +69,12 @@ def test_a_reranked_snapshot_answers_as_it_was_measured(tmp_path):
 
 
 def test_the_real_store_is_only_read(root):
-    """Every file of the store is the same afterwards, to the byte and the modification time, and no scratch folder is left."""
+    """Every file of the store is the same afterwards, to the byte and the modification time; beside them is the drill's record alone."""
     before, folders = contents(root / "store"), {path for path in (root / "store").rglob("*") if path.is_dir()}
-    run_drill(workbench(root))
+    drill = run_drill(workbench(root))
+    (record,) = (root / "store" / "drills").iterdir()
+    assert unsealed(record.read_bytes()) | asdict(drill) == unsealed(record.read_bytes())
+    shutil.rmtree(record.parent)
     assert contents(root / "store") == before
     assert {path for path in (root / "store").rglob("*") if path.is_dir()} == folders
 

@@ -9,7 +9,7 @@ from small_line import passages
 from typer.testing import CliRunner
 
 from evals.collections import EvalSet, Query, split_of
-from rag_assets import ingestion, steps
+from rag_assets import steps
 from rag_assets.cli import app
 from rag_assets.fitting import Candidates, fit, fit_weights
 from rag_assets.workbench import Workbench
@@ -101,8 +101,7 @@ def project(tmp_path: Path, monkeypatch) -> Path:
     )
     monkeypatch.setenv("RAGLINE_CONFIG", str(tmp_path / "ragline.toml"))
     bench = Workbench(load_settings(tmp_path / "ragline.toml"))
-    for step in (ingestion.list_source_files, ingestion.parse_documents, ingestion.split_chunks):
-        step(bench)
+    steps.ingest_corpus(bench)
     manifest = steps.snapshot_corpus(bench, "hashing").manifest
     assert manifest.rerank["rule"]["method"] == "maxsim"
     return tmp_path

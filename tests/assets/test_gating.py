@@ -278,6 +278,21 @@ def test_a_damaged_candidate_does_not_end_the_round(gated):
     assert open_round(store, strong, second, gate=lenient).promote_best(actor="tester").snapshot_id == live(store) == second.snapshot_id
 
 
+def test_gates_held_one_by_one_pass_over_a_damaged_candidate(gated):
+    """Warm-up and canary go on with the next when files of the best are damaged, and say what was; with nothing else, the damage is raised."""
+    store, strong, weak, _ = gated
+    lenient = GATE.model_copy(update={"mrr_floor": 0.0, "ann_recall_floor": 0.0, "margin": 0.9})
+    second = replace(weak, bm25=dict.fromkeys(weak.bm25, 0.0))
+    (store.root / "snapshots" / strong.snapshot_id / "stray").write_text("x")
+    for held in ("warm_ups", "canaries"):
+        round_ = open_round(store, strong, second, gate=lenient)
+        assert {snapshot_id: each.outcome for snapshot_id, each in getattr(round_, held)().items()} == {second.snapshot_id: "PASS"}
+        assert round_.damaged.keys() == {strong.snapshot_id}
+        assert "stray" in round_.damaged[strong.snapshot_id]
+        with pytest.raises(SnapshotError, match="stray"):
+            getattr(open_round(store, strong, gate=lenient), held)()
+
+
 def test_the_canary_compares_with_what_is_live(gated):
     """The verdict names the champion and is as old as the older evaluation; a loss beyond the margin and thin traffic do not pass."""
     store, strong, weak, larger = gated

@@ -17,7 +17,8 @@ import pytest
 from small_line import MODEL, chunk_table, passages, recipe_of, vectors_of
 
 from rag_assets import indexing
-from rag_assets.indexing import affordable, build_snapshot, find_parent
+from rag_assets.increments import affordable, find_parent
+from rag_assets.indexing import build_snapshot
 from rag_serving.retrieval import Retriever
 from rag_serving.settings import Index, Retrieval
 from rag_serving.snapshots import hash_tree, snapshot_ids, snapshot_key, verify

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_increment import searched
 
-from rag_assets import ingestion, steps
+from rag_assets import steps
 from rag_assets.corpus import read_table
 from rag_assets.plan import plan
 from rag_assets.workbench import Workbench
@@ -49,14 +49,12 @@ class Line:
     def run(self) -> tuple[dict[str, int], steps.BuiltSnapshot, float]:
         self.bench.tally.clear()
         started = time.perf_counter()
-        ingestion.list_source_files(self.bench)
-        parsed = ingestion.parse_documents(self.bench).counts["parsed"]
-        cut = ingestion.split_chunks(self.bench).counts["chunked"]
+        _, parsed, cut = steps.ingest_corpus(self.bench)
         laps = [time.perf_counter() - started]
         built = steps.snapshot_corpus(self.bench, self.model)
         seconds = time.perf_counter() - started
         print(f"  corpus {laps[0]:.2f} s, embedding and index {seconds - laps[0]:.2f} s")
-        return {"parsed": parsed, "cut": cut, "embedded": self.bench.tally["embedded"]}, built, seconds
+        return {"parsed": parsed.counts["parsed"], "cut": cut.counts["chunked"], "embedded": self.bench.tally["embedded"]}, built, seconds
 
 
 @pytest.mark.heavy

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from rag_assets import corpus, ingestion
+from rag_assets import corpus, cutting, ingestion
 from rag_assets.conservation import conservation
 from rag_assets.corpus import current_table, read_table
 from rag_assets.sources import DOCUMENT, Item, Refused
@@ -22,7 +22,7 @@ from rag_serving.settings import Chunking, Corpus, ModelSpec, Settings
 from rag_serving.store import LocalStore
 
 MODEL = ModelSpec(name="h", source="hashing:8", dims=8, max_tokens=64)
-STEPS = (ingestion.list_source_files, ingestion.parse_documents, ingestion.split_chunks)
+STEPS = (ingestion.list_source_files, ingestion.parse_documents, cutting.split_chunks)
 TABLES = ("source_files", "documents", "quarantine", "chunks", "cuts")
 
 
@@ -73,7 +73,7 @@ def run(bench: Workbench) -> dict[str, int]:
 def counted(bench: Workbench) -> tuple[dict[str, int], dict[str, int]]:
     """What parse_documents and split_chunks counted."""
     ingestion.list_source_files(bench)
-    return dict(ingestion.parse_documents(bench).counts), dict(ingestion.split_chunks(bench).counts)
+    return dict(ingestion.parse_documents(bench).counts), dict(cutting.split_chunks(bench).counts)
 
 
 def contents(store) -> dict[str, str]:
@@ -96,7 +96,7 @@ def test_the_tables_do_not_depend_on_history(tmp_path_factory, states: Sequence[
         patch.setattr(ingestion, "corpus_source", lambda _: shelf)
         patch.setattr(corpus, "PART_ROWS", part)
         patch.setattr(ingestion, "_BLOCK_ITEMS", 3)
-        patch.setattr(ingestion, "_BLOCK_DOCUMENTS", 2)
+        patch.setattr(cutting, "_BLOCK_DOCUMENTS", 2)
         incremental = bench_at(folder / "incremental")
         for state in states:
             shelf.things = {}
@@ -156,7 +156,7 @@ def test_changed_metadata_leaves_the_chunks(tmp_path, shelf):
     shelf.put("a", "some text", metadata={"kind": "new"})
     ingestion.list_source_files(bench)
     ingestion.parse_documents(bench)
-    assert ingestion.split_chunks(bench).table.reused
+    assert cutting.split_chunks(bench).table.reused
     after = contents(bench.store)
     assert after["documents"] != before["documents"]
     assert after["chunks"] == before["chunks"]
@@ -236,7 +236,7 @@ def test_equal_documents_stand_once(tmp_path, shelf):
     assert (cut["aliases"], cut["chunked"]) == (999, 3)
     _, chunks = read_table(bench.store, "chunks")
     assert chunks["doc_id"].to_pylist() == ["d0", "other", "private"]
-    assert ingestion.aliases(bench)["d999"] == "d0"
+    assert cutting.aliases(bench)["d999"] == "d0"
     assert len(ingestion.document_ids(bench)) == 1002
     del shelf.things["d0"]
     counted(bench)
@@ -276,9 +276,9 @@ def test_a_run_that_stops_leaves_the_tables(tmp_path, shelf, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(corpus, "publish", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            ingestion.split_chunks(bench)
+            cutting.split_chunks(bench)
     assert contents(bench.store)["chunks"] == before["chunks"]
-    ingestion.split_chunks(bench)
+    cutting.split_chunks(bench)
     run(fresh := bench_at(tmp_path / "fresh"))
     assert contents(bench.store) == contents(fresh.store)
 

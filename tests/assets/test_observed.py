@@ -6,6 +6,7 @@ import pytest
 
 from rag_assets.observations import rows_since, tidy
 from rag_serving.observations import PREFIX, Observation, encode
+from rag_serving.store import LocalStore
 
 NOON = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 
@@ -105,6 +106,52 @@ def test_a_late_part_of_a_merged_hour_still_counts(store):
     observe(store, NOON + timedelta(minutes=59), 3)
     assert tidy(store, keep_days=30, now=NOON + timedelta(hours=3)) == 0
     assert numbers(store) == [1, 2, 3]
+
+
+class Watched(LocalStore):
+    """A store that counts what is read of it, and does something before the first read."""
+
+    def __init__(self, root, before=lambda: None) -> None:
+        super().__init__(root)
+        self.read_keys: list[str] = []
+        self._before = before
+
+    def read(self, key):
+        before, self._before = self._before, lambda: None
+        before()
+        self.read_keys.append(key)
+        return super().read(key)
+
+
+def test_a_part_that_is_merged_while_it_is_looked_for_counts_once(store):
+    """Parts that go into a merged one between the listing and the reading are read there: no row is lost to who watches, and none is twice."""
+    for number in range(4):
+        observe(store, NOON + timedelta(minutes=number), number)
+    watched = Watched(store.root, before=lambda: tidy(store, keep_days=30, now=NOON + timedelta(hours=3)))
+    assert numbers(watched) == [0, 1, 2, 3]
+    assert store.names(f"{PREFIX}/2026-11-22") == ["merged-12.parquet"]
+
+
+def test_a_merged_part_that_goes_away_is_nothing(store):
+    """A day that is taken away while its merged parts are looked at counts no more, and stops nobody."""
+    for number in range(4):
+        observe(store, NOON + timedelta(minutes=number), number)
+    tidy(store, keep_days=30, now=NOON + timedelta(hours=3))
+    observe(store, NOON + timedelta(days=2), 9)
+    assert numbers(Watched(store.root, before=lambda: store.remove(f"{PREFIX}/2026-11-22"))) == [9]
+
+
+def test_merged_parts_are_read_once(store):
+    """Whoever watches a canary asks twice a minute: a merged part, which never changes, is not read again; one that is new is."""
+    for number in range(4):
+        observe(store, NOON + timedelta(minutes=number), number)
+    tidy(store, keep_days=30, now=NOON + timedelta(hours=3))
+    watched = Watched(store.root)
+    assert numbers(watched) == [0, 1, 2, 3]
+    watched.read_keys.clear()
+    late = observe(store, NOON + timedelta(hours=1), 4)
+    assert numbers(watched) == [0, 1, 2, 3, 4]
+    assert watched.read_keys == [late]
 
 
 def test_days_beyond_the_limit_go(store):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from rag_assets import ingestion, steps
+from rag_assets import steps
 from rag_assets.cli import app
 from rag_assets.plan import plan
 from rag_assets.workbench import Workbench
@@ -44,12 +44,10 @@ class Corpora:
 
     def run(self, *models: str, **settings: object) -> dict[str, int]:
         bench = self.bench(**settings)
-        ingestion.list_source_files(bench)
-        parsed = ingestion.parse_documents(bench).counts["parsed"]
-        cut = ingestion.split_chunks(bench).counts["chunked"]
+        _, parsed, cut = steps.ingest_corpus(bench)
         built = [steps.snapshot_corpus(bench, name) for name in models]
         kinds = {name: each.manifest.built if not each.reused else "none" for name, each in zip(models, built, strict=True)}
-        return {"parse": parsed, "cut": cut, "embed": bench.tally["embedded"], **kinds}
+        return {"parse": parsed.counts["parsed"], "cut": cut.counts["chunked"], "embed": bench.tally["embedded"], **kinds}
 
     def plan(self, *models: str, **settings: object):
         bench = self.bench(**settings)
@@ -104,6 +102,16 @@ def test_a_few_changes(corpora):
     assert abs(done["embed"] - model.texts) <= 4
     corpora.texts["n3"] = corpora.text(3, "new")
     assert corpora.plan("h").minutes is not None
+
+
+def test_a_few_rows_say_nothing_of_many(corpora):
+    """Minutes are not foretold from a run of less than a hundredth of the size, where starting took most of the time."""
+    corpora.texts = {"d0": corpora.text(0)}
+    corpora.run("h")
+    corpora.texts |= {f"n{number}": corpora.text(number, "new") for number in range(50)}
+    assert corpora.plan("h").minutes is not None
+    corpora.texts |= {f"m{number}": corpora.text(number, "more") for number in range(100)}
+    assert corpora.plan("h").minutes is None
 
 
 def test_ingested_but_not_indexed(corpora):

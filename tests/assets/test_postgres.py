@@ -193,9 +193,22 @@ def test_given_url_gets_its_driver_and_its_databases(root, monkeypatch):
             assert databases == Databases(
                 dagster_url=f"postgresql+psycopg2://postgres@/another?host={url.query['host']}",
                 mlflow_url="http://127.0.0.1:9",
-                dagster_home=root / "dagster_home",
+                dagster_home=root / "state" / "dagster",
             )
             assert ask(databases.dagster_url, "select current_database()") == "another"
+
+
+def test_runs_write_to_the_state_folder(root):
+    """Dagster's home is below the state folder, with the configuration as it is in the checkout now; the checkout is only read."""
+    settings = settings_of(root)
+    before = sorted((root / "dagster_home").iterdir())
+    for text in ("", "telemetry: {enabled: false}"):
+        (root / "dagster_home/dagster.yaml").write_text(text)
+        with postgres(settings) as databases:
+            home = Path(export(databases)["DAGSTER_HOME"])
+        assert home == root / "state" / "dagster"
+        assert [(path.name, path.read_text()) for path in home.iterdir()] == [("dagster.yaml", text)]
+    assert sorted((root / "dagster_home").iterdir()) == before
 
 
 def test_forbidden_database_is_explained(root):

@@ -17,7 +17,7 @@ from small_line import GATE
 
 from rag_assets.retention import collect, plan
 from rag_serving import promotion
-from rag_serving.errors import NoPrevious, ReleaseConflict, ReleaseError
+from rag_serving.errors import NoPrevious, ReleaseConflict, ReleaseError, StoreError
 from rag_serving.releases import Action, Ledger
 from rag_serving.settings import Retention
 from rag_serving.snapshots import Manifest, hash_tree, seal, snapshot_ids, snapshot_key, verify
@@ -83,6 +83,17 @@ def test_what_stays_and_why(store, six):
     }
     assert gone(decided) == {six[0]}
     assert gone(plan(store, Retention(keep=6))) == set()
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"{}", b'{"snapshot_id": 7}', b"\xff\xfe"])
+@pytest.mark.parametrize("key", ["corpus/snapshot-small.json", "embeddings/small.model.json"])
+def test_a_damaged_pointer_collects_nothing(store, six, key, damage):
+    """What tells which snapshots and vectors are in use cannot be read: an error of ours that names the file and what to do, and no plan."""
+    store.write(key, damage)
+    with pytest.raises(StoreError, match=rf"^{key} .* Delete that file; the next run makes it again\."):
+        plan(store, KEEP_ONE)
+    store.remove(key)
+    assert gone(plan(store, KEEP_ONE)) == {six[0], six[4]}
 
 
 def test_a_plan_touches_nothing(store, six):

@@ -8,7 +8,7 @@ import pytest
 from dagster._core.errors import DagsterAssetCheckFailedError
 from small_line import passages
 
-from rag_assets import ingestion, rounds, steps
+from rag_assets import rounds, steps
 from rag_assets.workbench import Workbench
 from rag_serving.errors import PromotionRefused
 from rag_serving.promotion import hold, lift, promote
@@ -46,8 +46,7 @@ def measured(tmp_path_factory):
     judged = ["query-id\tcorpus-id\tscore", *(f"q{number}\td{number}\t1" for number in range(ROWS))]
     (root / "set" / "qrels" / "test.tsv").write_text("\n".join(judged), encoding="utf-8")
     bench = Workbench(settings_for(root), store=LocalStore(root / "store"))
-    for step in (ingestion.list_source_files, ingestion.parse_documents, ingestion.split_chunks):
-        step(bench)
+    steps.ingest_corpus(bench)
     eval_set = steps.load_eval_set(bench)
     for model in (STRONG, WEAK):
         steps.evaluate_snapshot(bench, steps.snapshot_corpus(bench, model).manifest, eval_set)

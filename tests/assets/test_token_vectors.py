@@ -11,7 +11,8 @@ from small_line import MODEL, SPEC, chunk_table, passages, recipe_of, vectors_of
 from evals.collections import EvalSet, Query
 from evals.metrics import document_ranking
 from rag_assets.evaluation import evaluate, read_rows
-from rag_assets.indexing import build_snapshot, find_parent
+from rag_assets.increments import find_parent
+from rag_assets.indexing import build_snapshot
 from rag_assets.local_reranking import local_reranker, rerank_rule
 from rag_assets.token_vectors import principal_axes, write_tokens
 from rag_serving.encoding import LocalEncoder

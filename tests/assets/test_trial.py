@@ -98,6 +98,48 @@ def test_a_request_that_fell_back_speaks_against_the_canary_once():
     assert seen["citations_valid"] == (0.0,)
 
 
+def test_where_the_champion_abstained_the_canary_is_not_compared_with_easier_requests():
+    """Citations of an answer to what the champion gave up on have nothing beside them: champion answers to other requests are no measure.
+
+    That the canary answered at all is seen, where abstaining is compared.
+    """
+    easy = [answer(number, "champion") for number in (0, 2, 4)]
+    hard = [
+        each
+        for number in (1, 3, 5)
+        for each in (
+            answer(number, "champion", abstained=True, cited=None, grounded=None),
+            answer(number, "shadow", cited=0.0, grounded=0.3),
+        )
+    ]
+    seen = found([*easy, *hard])
+    assert "citations_valid" not in seen
+    assert "grounded" not in seen
+    assert seen["not_abstained"] == (1.0, 1.0, 1.0)
+
+
+def test_answers_that_were_asked_for_side_by_side_are_no_traffic(store):
+    """Somebody who compares both answers again and again, and thumbs for them, move no verdict, however bad those answers are."""
+    wrong = [each for number in range(200) for each in side_by_side(number)]
+    thumbs = [answer(number, "shadow", kind="feedback", verdict="down") for number in range(200)]
+    canary = Ledger(store).append(
+        Action.CANARY, after=0, actor="tester", reason="try", snapshot_id="new", manifest_sha256="m", evidence={"champion": "old"}
+    )
+    later = datetime.fromisoformat(canary.at) + timedelta(seconds=1)
+    rows = [replace(row, at=later, canary=canary.number) for row in [*wrong, *thumbs]]
+    rows += [replace(row, at=later, canary=canary.number, trace_id=f"f{row.trace_id[1:]}") for row in shadowed(5)]
+    store.create(f"{PREFIX}/{later:%Y-%m-%d}/{later:%H%M%S.%f}.parquet", encode(rows, with_text=False))
+    trial = trial_of(store, snapshot_id="new", champion="old", settings=CANARY)
+    assert trial.requests == 5
+    assert {signal.name: set(signal.differences) for signal in trial.signals if any(signal.differences)} == {}
+
+
+def side_by_side(number: int) -> list[Observation]:
+    """A request of /v1/compare whose canary answer is wrong in every way."""
+    bad = {"cited": 0.0, "grounded": 0.0, "guards": ("output:strip",)}
+    return [answer(number, "champion", kind="compare"), answer(number, "shadow", kind="compare", **bad)]
+
+
 def test_thumbs_are_compared_between_the_arms():
     """Feedback for the canary is compared with feedback for the champion, and says nothing of other qualities."""
     said = [("champion", "up"), ("champion", "down"), ("canary", "down"), ("champion", "up"), ("canary", "up")]

@@ -8,7 +8,7 @@ from urllib.parse import urlencode
 import pytest
 from headless import chromium
 from scripted_model import scripted, with_model
-from small_service import PAGES, build, embedding, release, serving, settings_for, two_snapshots, until
+from small_service import PAGES, build, embedding, name_canary, release, serving, settings_for, two_snapshots, until
 
 from rag_serving.edge.keys import create_key
 from rag_serving.releases import Action, Ledger
@@ -238,6 +238,7 @@ def test_a_written_answer_streams_and_its_markup_is_text(page, tmp_path):
             tab.run("document.querySelector('.field button').click()")
             tab.wait(ANSWERED)
             assert "Written by a language model" in tab.run("document.querySelector('#answer .notes').innerText")
+            assert "Confidence medium: " in tab.run("document.querySelector('#answer .notes').innerText")
             assert tab.run("document.querySelectorAll('#answer .marker').length") == 1
             assert tab.run("window.beginnings") >= 1
             script.mode = "markup"
@@ -254,12 +255,7 @@ def test_live_and_canary_side_by_side(page, tmp_path):
     _, tab = page
     store, champion, challenger = two_snapshots(tmp_path / "store")
     release(store, champion)
-    ledger = Ledger(store)
-    state = ledger.state()
-    named = {"snapshot_id": challenger.snapshot_id, "manifest_sha256": challenger.sha256}
-    ledger.append(
-        Action.CANARY, after=state.number, actor="tester", reason="to try it", evidence={"champion": champion.snapshot_id}, **named
-    )
+    name_canary(store, challenger)
     with embedding(settings_for(tmp_path)) as url, serving(settings_for(tmp_path, embedder_url=url), store) as client:
         until(client, "/v1/release", holds=lambda reply: reply.json()["canary"] and not reply.json()["canary_problem"])
         tab.show(str(client.base_url).rstrip("/") + "/")

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, command, environment, facts
 from mixed_files import GOOD_SUFFIXES, good_file, hostile_files, hostile_links
 
-from rag_assets import ingestion, steps
+from rag_assets import steps
 from rag_assets.corpus import read_table
 from rag_assets.sources import open_source
 from rag_assets.workbench import Workbench
@@ -72,8 +72,7 @@ def test_a_mixed_folder_becomes_a_snapshot(tmp_path):
     settings = load_settings(ROOT / "ragline.toml", environ={"RAGLINE_CORPUS": f"folder:{folder}"})
     settings = settings.model_copy(update={"models": (SPEC,), "default_models": (SPEC.name,)})
     bench = Workbench(settings, store=LocalStore(tmp_path / "store"))
-    for step in (ingestion.list_source_files, ingestion.parse_documents, ingestion.split_chunks):
-        step(bench)
+    steps.ingest_corpus(bench)
     print(check(bench.store, good, bad))
     manifest = steps.snapshot_corpus(bench, SPEC.name).manifest
     assert manifest.documents == len(good)

@@ -80,6 +80,23 @@ def test_a_taken_port_is_named(ragline, tmp_path):
         refused(ragline(tmp_path / "home", "embedder", RAGLINE_EMBEDDER_PORT=str(port)), says="RAGLINE_EMBEDDER_PORT")
 
 
+@pytest.mark.parametrize(
+    ("command", "variable"),
+    [
+        (["run", "--models", "wordllama-256"], "RAGLINE_HOME"),
+        (["track"], "RAGLINE_HOME"),
+        (["models", "pull", "wordllama-256"], "RAGLINE_MODELS_DIR"),
+        (["keys", "create", "me"], "RAGLINE_STORE"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_named(ragline, tmp_path, command, variable):
+    """A state folder that cannot be made is named in one line, with the variable that sets another; reading commands do not need it."""
+    (tmp_path / "file").touch()
+    home = tmp_path / "file" / "home"
+    refused(ragline(home, *command, RAGLINE_MODELS_DIR=str(home / "models")), says=variable)
+    assert ragline(home, "status").returncode == 0
+
+
 def test_an_unreachable_postgres_is_one_line(ragline, tmp_path):
     """A Postgres that does not answer is named without its password."""
     url = "postgresql://me:secret-word@127.0.0.1:9/dagster"

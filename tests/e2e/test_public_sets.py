@@ -8,7 +8,7 @@ import pytest
 from conftest import DATASETS, ROOT
 
 from evals.metrics import summarise
-from rag_assets import ingestion, steps
+from rag_assets import steps
 from rag_assets.evaluation import read_rows
 from rag_assets.measurement import BM25_ALONE, DENSE_ALONE, encode_queries, measure
 from rag_assets.workbench import Workbench
@@ -48,8 +48,7 @@ def scifact_ndcg(root: Path, model: str, fusion: Retrieval) -> float:
     settings = load_settings(ROOT / "ragline.toml", environ={"RAGLINE_CORPUS": address, "RAGLINE_EVAL_SET": address})
     settings = settings.model_copy(update={"chunking": Chunking(max_tokens=8192)})
     bench = Workbench(settings, store=LocalStore(root))
-    for step in (ingestion.list_source_files, ingestion.parse_documents, ingestion.split_chunks):
-        step(bench)
+    steps.ingest_corpus(bench)
     eval_set = steps.load_eval_set(bench)
     manifest = steps.snapshot_corpus(bench, model).manifest
 
@@ -88,8 +87,7 @@ def test_two_runs_are_equal(name, tmp_path):
 
 def measured(bench: Workbench) -> str:
     """Metrics, rows and ANN recall of a fresh measurement as JSON, without latencies; the snapshot is built where it is not there yet."""
-    for step in (ingestion.list_source_files, ingestion.parse_documents, ingestion.split_chunks):
-        step(bench)
+    steps.ingest_corpus(bench)
     manifest = steps.snapshot_corpus(bench, "wordllama-256").manifest
     evaluation = steps.evaluate_snapshot(bench, manifest, steps.load_eval_set(bench), fresh=True)
     rows = [{key: value for key, value in row.items() if key != "latency_ms"} for row in read_rows(bench.store, evaluation)]

@@ -1,17 +1,10 @@
 """Traces and metrics where they are read: in a real MLflow, and in a real Prometheus that evaluates every rule and every panel."""
 
-import json
-import runpy
-import shutil
-import subprocess
-import time
-
 import httpx2
 import mlflow_server
 import pytest
-import yaml
-from conftest import ROOT
 from live_server import running
+from real_prometheus import PROMETHEUS, watching
 from small_service import build, release, settings_for
 
 from rag_assets.platform import TRACES_EXPERIMENT, tracing
@@ -19,7 +12,6 @@ from rag_serving import app, embedder, telemetry
 from rag_serving.signals import contract
 from rag_serving.store import LocalStore
 
-PROMETHEUS = shutil.which("prometheus") or ""
 TRACE = "7e" * 16
 
 
@@ -74,56 +66,14 @@ def test_a_trace_is_read_back_from_mlflow(asked, tmp_path, monkeypatch):
 @pytest.mark.skipif(not PROMETHEUS, reason="needs Prometheus: apt-get install prometheus")
 def test_prometheus_evaluates_every_expression(tmp_path):
     """A real Prometheus scrapes the service, loads the rules without a complaint, and evaluates each rule and each panel."""
-    generate = runpy.run_path(str(ROOT / "deploy" / "generate.py"))
-    rules, board = generate["generated"]()[generate["RULES"]], json.loads(generate["generated"]()[generate["DASHBOARD"]])
-    panels = [target["expr"] for panel in board["panels"] if panel["type"] != "row" for target in panel["targets"]]
-    expressions = [rule["expr"] for group in yaml.safe_load(rules)["groups"] for rule in group["rules"]] + panels
-    (tmp_path / "rules.yml").write_text(rules, encoding="utf-8")
     store = LocalStore(tmp_path / "store")
     release(store, build(store, settings_for(tmp_path)))
-    with running(app.create_app(settings_for(tmp_path), store=store), ready_path="/readyz") as url:
+    with (
+        running(app.create_app(settings_for(tmp_path), store=store), ready_path="/readyz") as url,
+        watching(tmp_path / "prometheus", [url]) as watch,
+    ):
         httpx2.post(f"{url}/v1/query", json={"query": "delete a bucket"}, trust_env=False).raise_for_status()
-        scrape = {"job_name": "ragline", "static_configs": [{"targets": [url.removeprefix("http://")]}]}
-        described = {
-            "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
-            "rule_files": ["rules.yml"],
-            "scrape_configs": [scrape],
-        }
-        (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(described), encoding="utf-8")
-        port = mlflow_server.free_port()
-        flags = [
-            f"--config.file={tmp_path}/prometheus.yml",
-            f"--storage.tsdb.path={tmp_path}/data",
-            f"--web.listen-address=127.0.0.1:{port}",
-        ]
-        with (tmp_path / "log").open("wb") as log:
-            process = subprocess.Popen([PROMETHEUS, *flags], stdout=log, stderr=log)
-        try:
-            with httpx2.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
-
-                def value(expr: str):
-                    reply = client.get("/api/v1/query", params={"query": expr})
-                    assert reply.status_code == 200, (expr, reply.text)
-                    return reply.json()["data"]["result"]
-
-                _until(lambda: value("rag_requests_total"))
-                for expr in expressions:
-                    value(expr)
-                assert float(value('rag_requests_total{outcome="degraded"}')[0]["value"][1]) >= 1
-                groups = client.get("/api/v1/rules").json()["data"]["groups"]
-                assert {rule["health"] for group in groups for rule in group["rules"]} <= {"ok", "unknown"}
-        finally:
-            process.terminate()
-            process.wait(timeout=20)
-
-
-def _until(holds) -> None:
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            if holds():
-                return
-        except httpx2.TransportError:
-            pass
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+        watch.until(lambda: watch.values('rag_requests_total{outcome="degraded"}') >= [1.0])
+        for expr in [*(rule["query"] for rule in watch.rules()), *(expr for _, expr in watch.panels)]:
+            watch.series(expr)
+        assert {rule["health"] for rule in watch.rules()} <= {"ok", "unknown"}

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evals.bench import embedder, embedding, load, quality, reranking, retrieval, rollback, scale, verify
+from evals.bench import embedder, embedding, load, overhead, quality, reranking, retrieval, rollback, scale, verify
 from evals.bench.__main__ import BENCHES, BY_NAME_ONLY, _chosen
 from evals.bench.figures import DOUBT, Figure, Pairs, alternate, figures_table, kept
 from evals.bench.rig import Rig, clustered_vectors
@@ -75,6 +75,7 @@ SIZES = {
     "rollback": lambda rig, _: rollback.run(rig, rows=30, rounds=2),
     "embedder": lambda rig, _: embedder.run(rig, texts=12, clients=3, rounds=2, singles=4),
     "scale": lambda rig, _: scale.run(rig, rows=300, searches=6),
+    "overhead": lambda rig, _: overhead.run(rig, model="tiny", requests=5),
     "load": lambda rig, _: load.run(rig, model="tiny", seconds=1.0),
     "quality": lambda rig, collections: quality.run(rig, datasets=collections, queries=8),
     "reranking": lambda rig, collections: reranking.run(rig, datasets=collections, collections=["scifact"]),
@@ -86,7 +87,7 @@ def test_every_bench_has_a_tiny_size_here():
     assert SIZES.keys() == BENCHES.keys()
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.heavy] if name == "load" else []) for name in SIZES])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.heavy] if name in {"load", "overhead"} else []) for name in SIZES])
 def test_bench_gives_finite_numbers(name, rig, collections):
     """Each bench runs from nothing and gives finite, sensible figures that the table can show."""
     figures = asyncio.run(SIZES[name](rig, collections))

@@ -4,24 +4,20 @@ The history of a run, every request with the time it was sent and answered, is c
 """
 
 import asyncio
-import os
-import socket
-import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
-from pathlib import Path
 
 import httpx2
 import numpy as np
 import psutil
 import pytest
+from own_process import environment, free_port, process
 from small_service import PAGES, build, release, serving, settings_for
+from steady_load import Asked, steady
 
 from rag_serving.promotion import rollback
 from rag_serving.releases import Action, Entry, Ledger, fold
@@ -45,19 +41,22 @@ max_tokens = 128
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """One request as a client saw it: monotonic times, and what the reply named; status 0 when there was none, with the kind of its error."""
+    """One request with what its reply named, and every text that stood in it."""
 
-    sent: float
-    received: float
-    status: int
-    code: str = ""
+    asked: Asked
     snapshot_id: str = ""
     number: int = 0
     texts: frozenset[str] = frozenset()
 
+    @classmethod
+    def of(cls, asked: Asked) -> "Exchange":
+        body = asked.body
+        texts = frozenset([*(hit["text"] for hit in body.get("hits", ())), *(quote["text"] for quote in body.get("quotes", ()))])
+        return cls(asked, body.get("snapshot_id", ""), body.get("release", 0), texts)
+
     @property
     def milliseconds(self) -> float:
-        return (self.received - self.sent) * 1000
+        return self.asked.seconds * 1000
 
 
 def pages(number: int, *, copies: int = 1) -> dict[str, tuple[str, str]]:
@@ -76,33 +75,15 @@ def name_canary(store: LocalStore, manifest: Manifest) -> Entry:
     return Ledger(store).append(Action.CANARY, after=state.number, actor="tester", reason="to try it", evidence=evidence, **named)
 
 
-async def ask(client: httpx2.AsyncClient, question: str) -> Exchange:
-    sent = time.monotonic()
-    try:
-        reply = await client.post("/v1/query", json={"query": question})
-        body = reply.json()
-    except httpx2.TransportError as error:
-        return Exchange(sent, time.monotonic(), 0, type(error).__name__)
-    texts = frozenset([*(hit["text"] for hit in body.get("hits", ())), *(quote["text"] for quote in body.get("quotes", ()))])
-    return Exchange(
-        sent, time.monotonic(), reply.status_code, body.get("code", ""), body.get("snapshot_id", ""), body.get("release", 0), texts
-    )
-
-
 async def traffic(url: str, *, a_second: float, until: Callable[[], bool]) -> list[Exchange]:
-    """Requests at a steady rate, whether or not the earlier ones are answered, until told to end; all of them, by the time they were sent."""
-    under_way: list[asyncio.Task[Exchange]] = []
-    async with httpx2.AsyncClient(base_url=url, trust_env=False, timeout=20) as client:
-        started = time.monotonic()
-        while not until():
-            under_way.append(asyncio.create_task(ask(client, QUESTIONS[len(under_way) % len(QUESTIONS)])))
-            await asyncio.sleep(max(0.0, started + len(under_way) / a_second - time.monotonic()))
-        return sorted(await asyncio.gather(*under_way), key=lambda exchange: exchange.sent)
+    """The history of a steady load, by the time the requests were sent."""
+    asked = await steady(url, lambda number: QUESTIONS[number % len(QUESTIONS)], a_second=a_second, until=until)
+    return [Exchange.of(each) for each in asked]
 
 
 def check_history(history: Sequence[Exchange], entries: Sequence[Entry], texts: dict[str, set[str]]) -> None:
     """No request failed; each named one release with its snapshot and held that snapshot's texts alone; no later request saw an earlier release."""
-    assert Counter(exchange.code for exchange in history if exchange.status != 200) == {}
+    assert Counter(exchange.asked.code for exchange in history if exchange.asked.status != 200) == {}
     live = {}
     for count in range(1, len(entries) + 1):
         champion = fold(entries[:count]).champion
@@ -110,10 +91,10 @@ def check_history(history: Sequence[Exchange], entries: Sequence[Entry], texts: 
     for exchange in history:
         assert live[exchange.number] == exchange.snapshot_id
         assert exchange.texts <= texts[exchange.snapshot_id]
-    newest_seen, answered = 0, sorted(history, key=lambda exchange: exchange.received)
+    newest_seen, answered = 0, sorted(history, key=lambda exchange: exchange.asked.received)
     position = 0
     for exchange in history:
-        while answered[position].received < exchange.sent:
+        while answered[position].asked.received < exchange.asked.sent:
             newest_seen = max(newest_seen, answered[position].number)
             position += 1
         assert exchange.number >= newest_seen
@@ -159,7 +140,7 @@ def followed(client: httpx2.Client, number: int, *, seconds: float = 60) -> floa
         if body["number"] >= number and body["open"] and body["open"]["release"] == body["champion"]["number"]:
             return time.monotonic() - started
         assert time.monotonic() < started + seconds, body
-        time.sleep(0.02)
+        time.sleep(0.1)  # often enough, and little beside the load
 
 
 def _sentences(texts: set[str]) -> set[str]:
@@ -167,34 +148,6 @@ def _sentences(texts: set[str]) -> set[str]:
     from rag_serving.writing.extraction import sentences
 
     return {sentence for text in texts for sentence in sentences(text)}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@contextmanager
-def process(arguments: Sequence[str], *, root: Path, url: str, environ: dict[str, str]) -> Iterator[psutil.Process]:
-    """A `ragline` process on a real socket, ready, for the time of a `with`."""
-    with (root / f"{arguments[0]}.log").open("w") as out:
-        started = subprocess.Popen([sys.executable, "-m", "rag_assets", *arguments], env=environ, cwd=root, stdout=out, stderr=out)
-        try:
-            deadline = time.monotonic() + 120
-            while True:
-                try:
-                    if httpx2.get(f"{url}/readyz", trust_env=False).status_code == 200:
-                        break
-                except httpx2.TransportError:
-                    pass
-                assert started.poll() is None, (root / f"{arguments[0]}.log").read_text()
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
-            yield psutil.Process(started.pid)
-        finally:
-            started.terminate()
-            started.wait(30)
 
 
 @pytest.mark.heavy
@@ -208,7 +161,7 @@ def test_twenty_promotions_in_two_minutes(tmp_path, capsys):
     (tmp_path / "ragline.toml").write_text(CONFIG)
     serving_port, embedder_port = free_port(), free_port()
     places = {"RAGLINE_HOME": str(tmp_path), "RAGLINE_SERVING_PORT": str(serving_port), "RAGLINE_EMBEDDER_PORT": str(embedder_port)}
-    environ = {**os.environ, **places, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    environ = environment(**places)
     store, settings = LocalStore(tmp_path / "store"), settings_for(tmp_path)
     manifests = [build(store, settings, pages(number, copies=60)) for number in range(23)]
     texts = {manifest.snapshot_id: {text for _, text in pages(number, copies=60).values()} for number, manifest in enumerate(manifests)}
@@ -236,8 +189,8 @@ def test_twenty_promotions_in_two_minutes(tmp_path, capsys):
         return history
 
     with (
-        process(["embedder", "--models", "hashing"], root=tmp_path, url=f"http://127.0.0.1:{embedder_port}", environ=environ),
-        process(["serve"], root=tmp_path, url=url, environ=environ) as service,
+        process("rag_assets", ["embedder", "--models", "hashing"], root=tmp_path, url=f"http://127.0.0.1:{embedder_port}", environ=environ),
+        process("rag_assets", ["serve"], root=tmp_path, url=url, environ=environ) as service,
         httpx2.Client(base_url=url, trust_env=False, timeout=20) as client,
     ):
         assert client.post("/v1/query", json={"query": QUESTIONS[0]}).status_code == 200  # the first one loads what later ones share
@@ -249,11 +202,11 @@ def test_twenty_promotions_in_two_minutes(tmp_path, capsys):
         memory.append(service.memory_info().rss)
     entries = Ledger(store).entries()
     promoted = [datetime.fromisoformat(entry.at).timestamp() - wall + monotonic for entry in entries if entry.action is Action.PROMOTE][1:]
-    during = [exchange.milliseconds for exchange in history if any(at - 1 <= exchange.sent <= at + 2 for at in promoted)]
-    quiet = [exchange.milliseconds for exchange in history if not any(at - 1 <= exchange.sent <= at + 3 for at in promoted)]
+    during = [exchange.milliseconds for exchange in history if any(at - 1 <= exchange.asked.sent <= at + 2 for at in promoted)]
+    quiet = [exchange.milliseconds for exchange in history if not any(at - 1 <= exchange.asked.sent <= at + 3 for at in promoted)]
     with capsys.disabled():
         p99, p99_quiet = np.percentile(during, 99), np.percentile(quiet, 99)
-        failed = dict(Counter(exchange.code for exchange in history if exchange.status != 200))
+        failed = dict(Counter(exchange.asked.code for exchange in history if exchange.asked.status != 200))
         print(
             f"\n{len(history)} requests, {len(promoted)} promotions, failed: {failed or 'none'}; "
             f"{spent / len(history) * 1000:.1f} ms of CPU a request, shadows and swaps included; "
@@ -272,5 +225,5 @@ def check_live_at_some_moment(history: Sequence[Exchange], entries: Sequence[Ent
     begins = {entry.number: datetime.fromisoformat(entry.at).timestamp() + to_monotonic for entry in moves}
     ends = {entry.number: begins[after.number] + 1.0 for entry, after in pairwise(moves)}
     for exchange in history:
-        assert begins[exchange.number] <= exchange.received
-        assert exchange.sent - lag <= ends.get(exchange.number, float("inf"))
+        assert begins[exchange.number] <= exchange.asked.received
+        assert exchange.asked.sent - lag <= ends.get(exchange.number, float("inf"))

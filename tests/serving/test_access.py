@@ -4,7 +4,7 @@ import pytest
 from small_service import build, problem, release, serving, settings_for
 
 from rag_serving.edge.keys import create_key
-from rag_serving.settings import Index
+from rag_serving.settings import Access, Index
 from rag_serving.store import LocalStore
 
 ASK = {"query": "how do I delete a bucket and its objects, or encrypt them?", "top_k": 10}
@@ -17,7 +17,8 @@ READS = {"storage": PUBLIC | {"s3.DeleteBucket", "kms.Encrypt"}, "keys": PUBLIC 
 def client(tmp_path_factory):
     """A service without an embedder, and in `headers` what each caller sends."""
     root = tmp_path_factory.mktemp("access")
-    settings = settings_for(root).model_copy(update={"index": Index(filters={"service": "text"})})
+    update = {"index": Index(filters={"service": "text"}), "access": Access(burst_seconds=0)}  # the tests ask as quickly as they can
+    settings = settings_for(root).model_copy(update=update)
     store = LocalStore(root / "store")
     release(store, build(store, settings, acl=ACL))
     headers_of = {

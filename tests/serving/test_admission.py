@@ -60,7 +60,9 @@ def gated(root, *, access: Access | None = None, admission: Admission | None = N
 def test_the_order_at_the_edge(tmp_path):
     """Size, key, rate, body, room: a request that is wrong in every way is refused for the first, and so on as each is put right."""
     with (
-        gated(tmp_path, access=Access(requests_per_minute=3, poll_seconds=0.05), admission=Admission(concurrency=1, queue=0)) as (
+        gated(
+            tmp_path, access=Access(requests_per_minute=3, burst_seconds=0, poll_seconds=0.05), admission=Admission(concurrency=1, queue=0)
+        ) as (
             client,
             gate,
             store,

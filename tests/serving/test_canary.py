@@ -1,13 +1,12 @@
 """Traffic for a canary: a sticky share or a shadow, each logged, and nothing that is wrong with it reaches who asks."""
 
 import asyncio
-import shutil
 import time
 from dataclasses import replace
 
 import pytest
 from opentelemetry.trace import NoOpTracer
-from small_service import build, release, serving, settings_for, two_snapshots, until
+from small_service import build, name_canary, serving, settings_for, until
 from test_observations import rows_of, until_true
 
 from rag_serving.canary import MOST_FAILURES, Account, Traffic, Work, account_of, conversation_of, in_share, overlap, split_key
@@ -18,10 +17,8 @@ from rag_serving.exchange import Exchange
 from rag_serving.live import Live
 from rag_serving.observations import ObservationLog
 from rag_serving.promotion import abort, promote
-from rag_serving.releases import Action, Ledger
 from rag_serving.settings import Canary, Gate
 from rag_serving.snapshots import snapshot_key
-from rag_serving.store import LocalStore
 from rag_serving.writing.extraction import NOTHING_FOUND, Answer, extract
 
 ASK = {"query": "How do I delete a bucket?", "top_k": 3}
@@ -29,30 +26,12 @@ SHADOW = Canary(log_seconds=0.05, shadow_concurrency=8)
 SPLIT = Canary(mode="split", share=1.0, log_seconds=0.05)
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    root = tmp_path_factory.mktemp("canary")
-    return root, *two_snapshots(root)[1:]
-
-
 @pytest.fixture
-def two(built, tmp_path):
+def two(two):
     """A store of the test's own: the first snapshot is released, the second is its canary."""
-    root, first, second = built
-    shutil.copytree(root, tmp_path / "store")
-    store = LocalStore(tmp_path / "store")
-    release(store, first)
+    store, _, second = two
     name_canary(store, second)
-    return store, first, second
-
-
-def name_canary(store, manifest):
-    """The ledger entry of a canary, without the verdicts that `start_canary` asks for."""
-    ledger = Ledger(store)
-    state = ledger.state()
-    named = {"snapshot_id": manifest.snapshot_id, "manifest_sha256": manifest.sha256}
-    evidence = {"champion": state.champion.snapshot_id}
-    return ledger.append(Action.CANARY, after=state.number, actor="tester", reason="to try it", evidence=evidence, **named)
+    return two
 
 
 def settings_of(root, canary, **changes):
@@ -165,8 +144,10 @@ def test_both_answers_side_by_side(two, tmp_path):
         abort(store, actor="tester", reason="enough")
         until(client, "/v1/release", holds=lambda reply: reply.json()["number"] == 3)
         assert client.post("/v1/compare", json=ASK).json()["canary"] is None
-    pair = [row["arm"] for row in rows_of(store) if row["trace_id"] == body["champion"]["trace_id"]]
-    assert sorted(pair) == ["champion", "shadow"]
+        counted = client.get("/metrics").text
+    pair = [(row["arm"], row["kind"]) for row in rows_of(store) if row["trace_id"] == body["champion"]["trace_id"]]
+    assert sorted(pair) == [("champion", "compare"), ("shadow", "compare")]  # told apart from traffic, by which a canary is judged
+    assert 'rag_canary_answers_total{result="shadowed"} 0.0' in counted
 
 
 def test_split_answers_a_share_until_the_canary_ends(two, tmp_path):

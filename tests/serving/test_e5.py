@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rag_serving.embedding import e5, weights
+from rag_serving.embedding import e5
+from rag_serving.embedding.pins import recipes
 from rag_serving.errors import ModelError
 from rag_serving.models import load_model
 from rag_serving.settings import ModelSpec
@@ -124,4 +125,4 @@ def test_real_model_agrees_with_its_engine():
 
 def test_pinned_e5_is_known():
     """The shipped pins name the packed file that this reader was written for."""
-    assert [file.path for file in weights.recipes()["multilingual-e5-small"].files] == ["e5-small-q4.bin"]
+    assert [file.path for file in recipes()["multilingual-e5-small"].files] == ["e5-small-q4.bin"]

@@ -6,7 +6,8 @@ import time
 
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 from trace_sink import sink
 
@@ -236,3 +237,15 @@ def test_an_error_leaves_its_code_and_none_of_its_words():
     assert [span.attributes["error.type"] for span in spans] == ["ValueError", "ValueError"]
     assert all(span.status.status_code is StatusCode.ERROR and not span.events for span in spans)
     tracing.shutdown()
+
+
+def test_a_method_of_a_clients_own_making_is_other():
+    """A method that HTTP does not know is a word of the client's: its span says `_OTHER`."""
+    exporter, tracing = InMemorySpanExporter(), TracerProvider()
+    tracing.add_span_processor(SimpleSpanProcessor(exporter))
+    for method in ("PATCH", "SECRETWORD"):
+        with telemetry.serving(telemetry.tracer(tracing), method, "/v1/query", {}) as request:
+            request.status = 405
+    spans = exporter.get_finished_spans()
+    assert [span.attributes["http.request.method"] for span in spans] == ["PATCH", "_OTHER"]
+    assert "SECRETWORD" not in "".join(span.to_json() for span in spans)

@@ -72,9 +72,14 @@ def answer(
 
     async def run() -> Answer:
         async with writing(url, seconds=seconds, rules=rules or Guards()) as writer:
+            exchange.deadline = Deadline.after(within)  # the client's libraries are loaded by now
             return await writer.answer(QUERY, passages(*texts), exchange)
 
     return asyncio.run(run()), exchange, heard
+
+
+def nonce_of(system: str) -> str:
+    return re.findall(r"<data ([0-9a-f]{32})>", system)[0]
 
 
 def test_without_a_model_passages_are_quoted():
@@ -173,12 +178,31 @@ def test_an_obeying_model_gives_nothing_away(endpoint):
     url, script = endpoint
     script.mode = "obey"
     found, exchange, heard = answer(url, ATTACK)
-    nonce = re.search(r"<data ([0-9a-f]{32})>", script.requests[-1]["messages"][0]["content"])
-    assert nonce
+    nonce = nonce_of(script.requests[-1]["messages"][0]["content"])
     for text in (found.text, heard.text):
-        assert nonce[1] not in text
+        assert nonce not in text
         assert "evil.example" not in text
         assert "![" not in text
+    assert (exchange.degraded, found.problem) == (["llm"], "withheld")
+
+
+@pytest.mark.parametrize("mark", ["[1]", "[7]", " [1, 2] ", "(3)"])
+def test_a_canary_cut_by_citations_stays_in(endpoint, mark):
+    """A marker that the citation check would take out again does not carry the canary past the guard, streamed or whole."""
+    url, script = endpoint
+    script.mode = "quote"
+    script.answer = lambda asked: (
+        f"The name is unique. [1] The name must be {mark.join(re.findall('.....?', nonce_of(asked.system)))} unique. [1]"
+    )
+    try:
+        found, exchange, heard = answer(url, TEXTS[1])
+    finally:
+        script.answer = None
+    nonce = nonce_of(script.requests[-1]["messages"][0]["content"])
+    for text in (found.text, heard.text):
+        said = re.sub(r"[^0-9a-z]", "", re.sub(r"[\[(][\d, ]*[\])]", "", text.lower()))
+        assert nonce[:16] not in said
+        assert nonce[16:] not in said
     assert (exchange.degraded, found.problem) == (["llm"], "withheld")
 
 

@@ -1,13 +1,12 @@
 """Following the ledger: one swap between two requests, nothing unverified, and the way back always open."""
 
 import asyncio
-import shutil
 import threading
 import time
 
 import httpx2
 import pytest
-from small_service import PAGES, build, edition, embedding, release, serving, settings_for, two_snapshots, until
+from small_service import PAGES, build, edition, embedding, release, serving, settings_for, until
 
 from rag_serving.errors import NotReady
 from rag_serving.live import Live
@@ -17,22 +16,6 @@ from rag_serving.snapshots import snapshot_key
 from rag_serving.store import LocalStore
 
 ASK = {"query": "How do I delete a bucket?", "top_k": 3}
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    root = tmp_path_factory.mktemp("live")
-    return root, *two_snapshots(root)[1:]
-
-
-@pytest.fixture
-def two(built, tmp_path):
-    """A store of the test's own with two snapshots, the first of them released."""
-    root, first, second = built
-    shutil.copytree(root, tmp_path / "store")
-    store = LocalStore(tmp_path / "store")
-    release(store, first)
-    return store, first, second
 
 
 def append(store: LocalStore, snapshot_id: str, manifest_sha256: str) -> None:

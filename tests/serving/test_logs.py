@@ -12,6 +12,7 @@ import pytest
 from opentelemetry.sdk.trace import TracerProvider
 from small_service import build, release, serving, settings_for
 
+from rag_serving.errors import StoreError
 from rag_serving.signals import logs
 from rag_serving.store import LocalStore
 
@@ -85,6 +86,36 @@ def test_secrets_are_in_no_part(form):
     assert "KeyError: '[email]'" in stream.getvalue()
 
 
+def test_errors_of_a_request_are_told_without_their_words():
+    """Within a request's trace, and of what a server tells of a request that broke, an error of a library is its kind and its place."""
+    stream, word = written("json"), "zq-" + "wombat"
+
+    def fail(kind: type[Exception]) -> None:
+        try:
+            {}[word]
+        except KeyError as error:
+            raise kind(f"about {word}") from error
+
+    def logged(name: str, kind: type[Exception]) -> dict:
+        stream.seek(0)
+        stream.truncate()
+        try:
+            fail(kind)
+        except Exception:
+            logging.getLogger(name).exception("it failed")
+        return json.loads(stream.getvalue())
+
+    with TracerProvider().get_tracer("test").start_as_current_span("request"):
+        told = logged("rag_serving", ValueError)["error"]
+        assert told.splitlines()[-1] == "ValueError"
+        assert "KeyError\nthen:\n" in told
+        assert "{}[word]" in told
+        assert word not in told
+        assert logged("rag_serving", StoreError)["error"].endswith(f"about {word}")  # ours says what it says
+    assert word not in logged("uvicorn.error", ValueError)["error"]
+    assert word in logged("rag_serving", ValueError)["error"]  # at a start, say: nobody asked anything yet
+
+
 def test_nothing_breaks_a_line():
     """Arguments that do not fit, values JSON has no form for and half characters still give one line."""
     stream, log = written("json"), logging.getLogger("x")
@@ -127,6 +158,7 @@ def test_a_service_logs_no_question(tmp_path):
 
 SERVED = """
 import logging, sys
+from rag_serving.errors import StoreError
 from rag_serving.signals import logs
 logs.configure("json", "info")
 import uvicorn

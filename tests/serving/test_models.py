@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rag_serving.embedding import weights
+from rag_serving.embedding.cpu import thread_count
 from rag_serving.errors import ModelError
-from rag_serving.models import load_model, thread_count
+from rag_serving.models import load_model
 from rag_serving.settings import ModelSpec
 
 MODELS_DIR = Path(os.environ.get("RAGLINE_MODELS_DIR") or Path(__file__).parents[2] / ".ragline" / "models")

@@ -29,6 +29,7 @@ SHED = 'rag_requests_total{route="/v1/query",outcome="shed"}'
 DEGRADED = 'rag_requests_total{route="/v1/query",outcome="degraded"}'
 COUNTED = 'rag_request_duration_seconds_count{route="/v1/query",outcome="ok"}'
 IN_TIME = 'rag_request_duration_seconds_bucket{route="/v1/query",outcome="ok",le="3.0"}'
+HEARTBEAT = "rag_sensor_heartbeat_timestamp_seconds"
 FOUND, NOTHING = "rag_retrieved_chunks_count", "rag_zero_result_total"
 
 
@@ -103,6 +104,19 @@ def aged(metric: str) -> tuple[Case, Case, Case]:
     )
 
 
+def varied(*, documents: float, unlikeness: float) -> dict[str, str]:
+    """What an evaluation measured, of 5 documents and an unlikeness of 0.5 at the release; the release before had no less."""
+    now = {'rag_result_documents{when="now"}': documents, 'rag_result_unlikeness{when="now"}': unlikeness}
+    then = {'rag_result_documents{when="release"}': 5.0, 'rag_result_unlikeness{when="before"}': 0.5}
+    return {name: level(value) for name, value in {**now, **then}.items()}
+
+
+def results(*, documents: float) -> dict[str, str]:
+    """Ten requests a minute for a day with 5 passages of 5 documents each, then with `documents`."""
+    found = {"rag_retrieved_chunks_sum": rising(50, minutes=1560, step=10), "rag_retrieved_chunks_count": rising(10, minutes=1560, step=10)}
+    return found | {"rag_distinct_sources_sum": f"0+500x144 {144 * 500 + documents * 100:g}+{documents * 100:g}x12"}
+
+
 CASES: dict[str, tuple[Case, Case, Case]] = {
     **{
         f"Rag{''.join(word.capitalize() for word in slo.name.split('_'))}Burn{speed}": burn_cases(slo.name, speed)
@@ -118,6 +132,11 @@ CASES: dict[str, tuple[Case, Case, Case]] = {
         Case(False, 5, series={"rag_paired_cosine": level(0.9999), "rag_model_unchanged": level(1)}),
         Case(True, 5, series={"rag_paired_cosine": level(0.9999), "rag_model_unchanged": level(0)}),
     ),
+    "RagServiceModelDrift": (
+        Case(True, 30, series={"rag_service_cosine": level(0.99), "rag_service_model_unchanged": level(1)}),
+        Case(False, 30, series={"rag_service_cosine": level(0.9999), "rag_service_model_unchanged": level(1)}),
+        Case(False, 30, series={"rag_service_cosine": "1x28 0x1 1x9", "rag_service_model_unchanged": level(1)}),  # one odd look
+    ),
     "RagIndexStale": around("rag_index_age_seconds", fires=31 * 86400, quiet=86400, edge=30 * 86400, rag_index_behind_corpus=1),
     "RagUnindexedRows": (
         Case(True, 30, series={"rag_index_unindexed_rows": level(5)}),
@@ -125,8 +144,15 @@ CASES: dict[str, tuple[Case, Case, Case]] = {
         Case(False, 30, series={"rag_index_unindexed_rows": "0x25 5x3 0x10"}),
     ),
     "RagAnnRecallLow": around("rag_ann_recall", fires=0.94, quiet=0.99, edge=0.95),
-    "RagDiversityCollapse": around(
-        'rag_result_documents{when="now"}', fires=3.9, quiet=5.0, edge=4.0, **{'rag_result_documents{when="release"}': 5.0}
+    "RagDiversityCollapse": (
+        Case(True, 5, series=varied(documents=3.9, unlikeness=0.5)),
+        Case(False, 5, series=varied(documents=4.0, unlikeness=0.4)),
+        Case(True, 5, series=varied(documents=5.0, unlikeness=0.39)),
+    ),
+    "RagResultsAlike": (
+        Case(True, 1500, 10, {"rag_result_variety": "0.6x144 0.47x12"}),
+        Case(False, 1500, 10, {"rag_result_variety": "0.6x144 0.49x12"} | results(documents=4.2)),
+        Case(True, 1500, 10, results(documents=2)),
     ),
     "RagDrift": (
         Case(True, 8 * DAY, 360, {'rag_drift_pvalue{test="query"}': level(0.001, minutes=9 * DAY, step=360)}),
@@ -167,6 +193,23 @@ CASES: dict[str, tuple[Case, Case, Case]] = {
         Case(True, 20, series={"rag_previous_snapshot_open": level(0)}),
         Case(False, 20, series={"rag_previous_snapshot_open": level(1)}),
         Case(False, 20, series={"rag_index_generation": level(1)}),  # a first release has none before it
+    ),
+    "RagRollbackUntested": (
+        *aged("rag_drill_last_success_timestamp_seconds")[:2],
+        Case(False, 20),
+    ),  # a first release has none to go back to
+    "RagSensorSilent": (
+        Case(True, 240, 60, {f'{HEARTBEAT}{{sensor="releases"}}': level(0, minutes=240, step=60)}),
+        Case(False, 240, 60, {f'{HEARTBEAT}{{sensor="releases"}}': level(240 * 60, minutes=240, step=60)}),
+        Case(  # one of two
+            True,
+            240,
+            60,
+            {
+                f'{HEARTBEAT}{{sensor="{name}"}}': level(at * 60, minutes=240, step=60)
+                for name, at in (("releases", 240), ("missed_week", 0))
+            },
+        ),
     ),
     "RagGenerationMismatch": (
         Case(True, 20, series={'rag_index_generation{instance="a"}': level(4), 'rag_index_generation{instance="b"}': level(5)}),
@@ -276,6 +319,25 @@ def test_the_dashboard_is_whole():
     expressions = " ".join(target["expr"] for panel in drawn for target in panel["targets"])
     shown = {metric.name for metric in METRICS if metric.name in expressions}
     assert shown == {metric.name for metric in METRICS}
+
+
+def test_rules_made_faster_differ_in_durations_alone():
+    """What a test shortens is every range, offset and `for`, by the same factor; names of windows and numbers compared with stay."""
+    groups = [yaml.safe_load(GENERATE["rules"](faster=each))["groups"] for each in (1, 1200)]
+    slow, fast = ([rule for group in each for rule in group["rules"]] for each in groups)
+    seconds = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
+    def durations(rule) -> list[float]:
+        found = re.findall(r"(?:\[|offset )(\d+)(ms|s|m|h|d)\b", rule["expr"]) + re.findall(r"^(\d+)(ms|s|m|h|d)$", rule.get("for", ""))
+        return [int(count) * seconds[unit] for count, unit in found]
+
+    def without(rule) -> dict:
+        return {**rule, "for": "", "expr": re.sub(r"(\[|offset )\d+(ms|s|m|h|d)\b", r"\1", rule["expr"])}
+
+    assert [without(rule) for rule in slow] == [without(rule) for rule in fast]
+    pairs = [pair for two in zip(slow, fast, strict=True) for pair in zip(*map(durations, two), strict=True)]
+    assert len(pairs) > 60
+    assert [long / short for long, short in pairs] == pytest.approx([1200] * len(pairs), rel=1e-3)
 
 
 def test_rules_name_nothing_undeclared():

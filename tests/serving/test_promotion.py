@@ -15,6 +15,7 @@ from rag_serving.errors import NoPrevious, PromotionRefused, ReleaseConflict, Re
 from rag_serving.promotion import abort, hold, lift, override_of, pin, promote, rollback, start_canary, unpin
 from rag_serving.releases import Action, Ledger
 from rag_serving.retrieval import Retriever
+from rag_serving.settings import Canary
 from rag_serving.snapshots import snapshot_key
 from rag_serving.verdicts import CANARY, GATES, RETRIEVAL_QUALITY, WARM_UP, write_verdict
 
@@ -520,6 +521,30 @@ def test_a_verdict_on_easier_terms_is_outdated(line, gate, rule, change):
     assert attempt(store, first)
 
 
+@pytest.mark.parametrize(
+    ("rule", "today"),
+    [
+        (("real_grounded", -0.02), {"traffic": Canary(margin=0.01)}),
+        (("no_harm", 20.0), {"gate": GATE.model_copy(update={"alpha": 0.1})}),
+        (("no_harm", 20.0), {"gate": GATE.model_copy(update={"alpha": 0.01})}),
+    ],
+)
+def test_a_canary_verdict_on_other_terms_is_outdated(line, rule, today):
+    """A smaller `canary.margin` than real traffic was judged by, or another error rate than the evidence was weighed at, asks for a new verdict.
+
+    A larger alpha shows harm sooner, a smaller one asks more of non-inferiority: neither is what was passed. A larger margin is.
+    """
+    store, (first, *_) = line
+    pass_gates(store, first)
+    name, required = rule
+    rules = ({"name": name, "passed": True, "observed": 0.0, "required": required},)
+    write_verdict(store, verdict_of(store, first, gate=CANARY, rules=rules))
+    with pytest.raises(PromotionRefused, match=f"was given with {name} at {required:g}; the gate asks for") as refusal:
+        attempt(store, first, **today)
+    assert refusal.value.code == "verdict_outdated"
+    assert attempt(store, first, traffic=Canary(margin=0.05))
+
+
 def test_an_expired_override_is_not_followed_by_another(line):
     """While the live release stands on an expired override, a new override is refused; a PASS or a rollback is the way out."""
     store, (first, second, short, _) = line
@@ -537,13 +562,16 @@ def test_an_expired_override_is_not_followed_by_another(line):
 
 
 def test_a_canary_is_started_ended_and_promoted(line):
-    """A canary needs PASS of quality and warm-up; the champion stays live; an abort ends it and restores nothing; a promotion makes it live."""
+    """A canary needs a reason and PASS of quality and warm-up; the champion stays live; an abort ends it alone; a promotion makes it live."""
     store, (first, second, *_) = line
     pass_and_promote(store, first)
     with pytest.raises(PromotionRefused, match="has no retrieval quality verdict"):
         start_canary(store, second.snapshot_id, gate=GATE, actor="tester", reason="try it")
     for gate in (RETRIEVAL_QUALITY, WARM_UP):
         write_verdict(store, verdict_of(store, second, gate=gate))
+    for reason in ("", " \n"):
+        with pytest.raises(ReleaseError, match="a canary needs a reason"):
+            start_canary(store, second.snapshot_id, gate=GATE, actor="tester", reason=reason)
     entry = start_canary(store, second.snapshot_id, gate=GATE, actor="tester", reason="try it")
     assert (entry.action, entry.evidence["champion"]) == (Action.CANARY, first.snapshot_id)
     assert (live(store), Ledger(store).state().canary.snapshot_id) == (first.snapshot_id, second.snapshot_id)

@@ -28,12 +28,26 @@ def test_requests_a_minute():
     """Exactly as many requests a minute as allowed are let in; the rest is told to come back within a minute. Another key is not touched."""
 
     async def story() -> None:
-        quotas = Quotas(Access(requests_per_minute=3))
+        quotas = Quotas(Access(requests_per_minute=3, burst_seconds=0))
         outcomes = [await refusal(quotas, ANN) for _ in range(5)]
         assert [error is None for error in outcomes] == [True] * 3 + [False] * 2
         assert {error.code for error in outcomes if error} == {"rate_limited"}
         assert all(1 <= error.retry_after <= 120 for error in outcomes if error)
         assert await refusal(quotas, BOB) is None
+
+    asyncio.run(story())
+
+
+def test_a_burst_is_cut():
+    """A key that sends its whole minute at once gets what its rate gives in `burst_seconds`, and is told to come back in seconds."""
+
+    async def story() -> None:
+        quotas = Quotas(Access(requests_per_minute=120, burst_seconds=1.5))
+        outcomes = [await refusal(quotas, ANN) for _ in range(50)]
+        assert sum(error is None for error in outcomes) in {3, 4, 5, 6}  # a second may begin meanwhile
+        assert {(error.code, error.retry_after <= 2) for error in outcomes if error} == {("rate_limited", True)}
+        await asyncio.sleep(2)
+        assert await refusal(quotas, ANN) is None
 
     asyncio.run(story())
 
@@ -89,7 +103,7 @@ def service(tmp_path):
     store, manifest, _ = two_snapshots(tmp_path)
     release(store, manifest)
     keys = {name: create_key(store, name, scopes=("query", "read"), actor="tester")[0] for name in ("ann", "bob")}
-    settings = settings_for(tmp_path).model_copy(update={"access": Access(requests_per_minute=5, tokens_per_day=40)})
+    settings = settings_for(tmp_path).model_copy(update={"access": Access(requests_per_minute=5, burst_seconds=0, tokens_per_day=40)})
     with serving(settings, store) as client:
         yield client, {name: {"Authorization": f"Bearer {key}"} for name, key in keys.items()}
 

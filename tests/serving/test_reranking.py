@@ -20,6 +20,7 @@ from starlette.routing import Route
 from rag_assets.indexing import build_snapshot
 from rag_assets.local_reranking import local_reranker, rerank_rule
 from rag_serving import telemetry
+from rag_serving.breaker import Breaker
 from rag_serving.deadline import Deadline
 from rag_serving.encoding import LocalEncoder
 from rag_serving.errors import EncoderError, EncoderUnavailable, ModelError, ModelMismatch, RerankError
@@ -34,6 +35,7 @@ from rag_serving.reranking import Judged, reordered, rerank_within
 from rag_serving.retrieval import Hit, Retriever
 from rag_serving.settings import Places, Rerank, RerankWeights, Serving, Settings
 from rag_serving.store import LocalStore
+from rag_serving.tcp_faults import Fault, TcpFaults
 
 ALONE = RerankWeights(fused=0.0, relevance=1.0)
 TEXTS = passages(40)
@@ -54,11 +56,13 @@ class Scores:
     kind = "by hand"
 
     def __init__(self, scores, *, seconds: float = 0.0) -> None:
-        self._scores, self._seconds = scores, seconds
+        self.scores, self._seconds = scores, seconds
+        self.asked = 0
 
     async def relevance(self, query, texts, *, deadline):
+        self.asked += 1
         await asyncio.sleep(self._seconds)
-        return np.asarray(self._scores[: len(texts)], dtype=np.float64)
+        return np.asarray(self.scores[: len(texts)], dtype=np.float64)
 
     async def aclose(self) -> None:
         pass
@@ -127,22 +131,46 @@ def test_nothing_found_stays_nothing():
 def test_a_failing_judge_leaves_the_fused_order(judge):
     """Whatever is wrong with a judge, the request goes on in fused order and says that it did without."""
     asked = exchange()
-    found = asyncio.run(rerank_within(judged(judge), "q", hits_of(6), k=4, exchange=asked, budget_seconds=0.1))
+    found = asyncio.run(rerank_within(judged(judge), "q", hits_of(6), k=4, exchange=asked, budget_seconds=0.1, breaker=Breaker()))
     assert (ids(found), asked.degraded) == (["c0", "c1", "c2", "c3"], ["rerank"])
 
 
 def test_a_working_judge_degrades_nothing():
     """Within the budget the reranked hits come back and nothing is marked."""
     asked = exchange()
-    found = asyncio.run(rerank_within(judged(Scores([0, 0, 1, 0])), "q", hits_of(4), k=2, exchange=asked, budget_seconds=30))
+    found = asyncio.run(
+        rerank_within(judged(Scores([0, 0, 1, 0])), "q", hits_of(4), k=2, exchange=asked, budget_seconds=30, breaker=Breaker())
+    )
     assert (ids(found), asked.degraded) == (["c2", "c0"], [])
 
 
 def test_the_budget_never_passes_the_deadline():
     """A request that has less time left than the budget waits for no more than that."""
-    asked = exchange(seconds=0.05)
-    asyncio.run(rerank_within(judged(Scores([1.0] * 9, seconds=20)), "q", hits_of(3), k=3, exchange=asked, budget_seconds=1000))
+    asked, breaker = exchange(seconds=0.05), Breaker(failures=1)
+    slow = judged(Scores([1.0] * 9, seconds=20))
+    asyncio.run(rerank_within(slow, "q", hits_of(3), k=3, exchange=asked, budget_seconds=1000, breaker=breaker))
     assert asked.degraded == ["rerank"]
+    assert breaker.state == "closed"  # it had less time than it may take
+
+
+def test_a_failing_judge_is_left_alone_for_a_while():
+    """After as many failures as the breaker allows it is not asked; after the pause one request tries, and then all have it again."""
+    moment, judge = [0.0], Scores([np.nan] * 4)
+    subject, breaker = judged(judge), Breaker(failures=2, open_seconds=5, clock=lambda: moment[0])
+
+    def degraded() -> list[str]:
+        asked = exchange()
+        found = asyncio.run(rerank_within(subject, "q", hits_of(4), k=4, exchange=asked, budget_seconds=1, breaker=breaker))
+        assert len(found) == 4
+        return asked.degraded
+
+    assert [degraded() for _ in range(4)] == [["rerank"]] * 4
+    assert judge.asked == 2
+    judge.scores = [0.0, 0.0, 1.0, 0.0]
+    assert degraded() == ["rerank"]
+    moment[0] = 5.0
+    assert [degraded() for _ in range(2)] == [[], []]
+    assert judge.asked == 4
 
 
 # --- endpoints -----------------------------------------------------------------------------------------------------------------------------
@@ -449,8 +477,26 @@ def test_without_the_service_the_fused_order_is_served(service, tmp_path):
     assert [hit["chunk_id"] for hit in degraded["hits"]] == [hit["chunk_id"] for hit in fused["hits"]]
 
 
+def test_a_silent_service_is_waited_for_once(service, tmp_path):
+    """A request whose query got no vector does not ask the same service for token vectors; nor does one with a known vector, once it rests."""
+    store, known = LocalStore(tmp_path / "store"), "topic3 and word10"
+    with TcpFaults(service) as faults:
+        settings = settings_of(tmp_path, Rerank(method="maxsim", weights=ALONE), embedder_url=faults.url)
+        release(store, build_ruled(store, settings))
+        settings = settings.model_copy(update={"serving": settings.serving.model_copy(update={"encode_timeout_seconds": 0.3})})
+        with serving(settings, store) as client:
+            assert client.post("/v1/retrieve", json={"query": known}).json()["degraded"] == []
+            faults.set(Fault("blackhole"))
+            connections = faults.accepted
+            replies = [client.post("/v1/retrieve", json={"query": f"word{number}"}).json() for number in range(5)]
+            assert [reply["degraded"] for reply in replies] == [["embedding", "rerank"]] * 5
+            replies = [client.post("/v1/retrieve", json={"query": query}).json() for query in (known, "word6")]
+            assert [reply["degraded"] for reply in replies] == [["rerank"], ["embedding", "rerank"]]
+            assert faults.accepted - connections <= 5
+
+
 def test_a_snapshot_without_a_rule_has_no_reranker(line):
-    """Snapshots of earlier formats and those built without reranking open for serving without one."""
+    """A snapshot that was built without reranking opens for serving without one."""
     store, (manifest, *_) = line
 
     async def opened():

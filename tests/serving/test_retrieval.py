@@ -3,7 +3,6 @@
 import asyncio
 from dataclasses import replace
 
-import lancedb
 import numpy as np
 import pytest
 from small_line import MODEL, build, chunk_table, passages, recipe_of, vectors_of
@@ -14,7 +13,7 @@ from rag_serving.filters import condition, filterable, parse_filter
 from rag_serving.passages import Passages
 from rag_serving.retrieval import Retriever
 from rag_serving.settings import Retrieval, Weights, Wording
-from rag_serving.snapshots import TABLE, hash_tree, seal, snapshot_key
+from rag_serving.snapshots import snapshot_key
 
 ODD = {
     "empty": "",
@@ -319,30 +318,6 @@ def test_a_field_that_the_index_does_not_declare(snapshot):
     with pytest.raises(QueryError, match="there is no such field; there are doc_id, uri") as raised:
         search(snapshot, "topic3", where=parse_filter({"part": {"eq": "a"}}))
     assert raised.value.code == "invalid_filter"
-
-
-def test_a_snapshot_from_before_access_lists(line):
-    """A snapshot of an earlier format, without the columns, is searched as before; everyone may read it, and filters on ids hold."""
-    store, manifests = line
-    manifest, folder = manifests[3], store.folder(snapshot_key(manifests[3].snapshot_id))
-
-    async def strip():
-        table = await (await lancedb.connect_async(folder)).open_table(TABLE)
-        for index in ("acl_idx", "doc_id_idx", "uri_idx"):
-            await table.drop_index(index)
-        await table.drop_columns(["acl"])
-        table.close()
-
-    before = search((store, manifest), "topic3", "word12 and topic5", k=150)
-    asyncio.run(strip())
-    old = replace(manifest, format=2, index={key: value for key, value in manifest.index.items() if key != "filters"}, files={})
-    old = replace(old, files=hash_tree(folder))
-    seal(folder, old)
-    folder.rename(folder.with_name(old.snapshot_id))
-    queries = ["topic3", "word12 and topic5"]
-    assert search((store, old), *queries, k=150) == before
-    (only,) = search((store, old), "topic3", k=150, where=parse_filter({"doc_id": {"in": ["d3", "d4"]}}))
-    assert sorted(numbers(only)) == [3, 4]
 
 
 LOST = {"text_index": ("metadata.lance", ["bm25_text", "bm25_title"]), "vector_index": ("auxiliary.idx", ["dense_text", "dense_title"])}

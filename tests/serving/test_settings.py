@@ -112,6 +112,14 @@ def test_environment_overrides_sources_only(load):
     assert load('[corpus]\nsource = "folder:a"\n', RAGLINE_CORPUS="").corpus.source == "folder:a"
 
 
+def test_environment_names_hosts(load):
+    """RAGLINE_ALLOWED_HOSTS replaces access.allowed_hosts with the names between its commas and leaves the rest of the section."""
+    table = '[access]\nallowed_hosts = ["a"]\nrequests_per_minute = 7\n'
+    settings = load(table, RAGLINE_ALLOWED_HOSTS="b.example, c,")
+    assert (settings.access.allowed_hosts, settings.access.requests_per_minute) == (("b.example", "c"), 7)
+    assert load(table).access.allowed_hosts == ("a",)
+
+
 def test_places_are_relative_to_the_file(load, tmp_path):
     """Relative places start at the folder of ragline.toml, absolute ones stay, and a secret is not printed."""
     settings = load("", RAGLINE_HOME="state", RAGLINE_STORE="/elsewhere/store", RAGLINE_POSTGRES_URL="postgresql://u:hunter2@h/d")

@@ -183,18 +183,20 @@ def test_foreign_folders_are_not_snapshots(line):
     assert find_by_build_key(store, manifests[0].build_key) == manifests[0]
 
 
-def test_snapshots_of_the_first_format_are_read(snapshot):
-    """A manifest from before increments and access lists verifies under the id it always had, counts as a full build, and is public."""
+@pytest.mark.parametrize("form", [1, 2, 4, "3", None])
+def test_other_manifest_formats_are_refused(snapshot, form):
+    """A manifest of another format, also under the id of its own bytes, is refused by number with what to do: it may hold no access lists."""
     store, manifest, folder = snapshot
     fields = {
         name: value for name, value in json.loads(manifest.encode()).items() if name not in ("built", "delta", "restricted", "rerank")
     }
-    data = json.dumps({**fields, "format": 1}, sort_keys=True, indent=2).encode()
+    data = json.dumps({**fields, "format": form}, sort_keys=True, indent=2).encode()
     snapshot_id = f"hashing-64-{hashlib.sha256(data).hexdigest()[:12]}"
     (folder / MANIFEST).write_bytes(data)
     folder.rename(folder.with_name(snapshot_id))
-    old = verify(store, snapshot_id)
-    assert (old.snapshot_id, old.encode(), old.built, old.delta, old.restricted) == (snapshot_id, data, "full", {}, 0)
+    with pytest.raises(SnapshotError, match=rf"has manifest format {form!r}; only format 3 is read. Build it again: `ragline run`"):
+        verify(store, snapshot_id)
+    assert find_by_build_key(store, manifest.build_key) is None
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["links", "copies"])

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from rag_serving.embedding.weights import pull, recipes
+from rag_serving.embedding.pins import recipes
+from rag_serving.embedding.weights import pull
 from rag_serving.errors import ModelError
 
 MODELS_DIR = Path(os.environ.get("RAGLINE_MODELS_DIR") or Path(__file__).parents[2] / ".ragline" / "models")
