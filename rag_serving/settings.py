@@ -274,7 +274,7 @@ class EncoderClient(_Frozen):
 class Embedder(_Frozen):
     """How the embedding service works."""
 
-    batch_tokens: int = Field(256, ge=16, le=16_384, description="Tokens that are computed together; a longer text is alone.")
+    batch_tokens: int = Field(128, ge=16, le=16_384, description="Tokens that are computed together; a longer text is alone.")
     max_wait_ms: float = Field(2.0, ge=0, le=50, description="How long a query may wait for others to be computed with.")
     queue_texts: int = Field(
         1024, ge=1, le=100_000, description="Queries that may wait, and four times as many documents; more are refused."
