@@ -197,10 +197,17 @@ class Retriever:
 
     def _nearest(self, column: str, vector: Vector, depth: int) -> Any:
         query = self._table.query().nearest_to(vector).column(column).distance_type("cosine").limit(depth)
-        if self._indexed:
-            refine = int(self.manifest.index["refine_factor"])
-            query = query.ef(max(int(self.manifest.index["ef"]), depth * refine)).refine_factor(refine)
+        ef, refine = self._ef_and_refine(depth)
+        if ef:
+            query = query.ef(ef).refine_factor(refine)
         return query.select(["_distance"]).with_row_id()
+
+    def _ef_and_refine(self, depth: int) -> tuple[int, int]:
+        """How the HNSW index is searched; (0, 0) where there is none."""
+        if not self._indexed:
+            return 0, 0
+        refine = int(self.manifest.index["refine_factor"])
+        return max(int(self.manifest.index["ef"]), depth * refine), refine
 
     def _query(self, signal: str, query: str, vector: Vector | None, *, depth: int, allowed: str | None) -> Any:
         """The LanceDB query of one signal. `allowed` is applied before the search, so it never takes from what was found."""
@@ -216,7 +223,8 @@ class Retriever:
     async def _search(self, signal: str, query: str, vector: Vector | None, *, depth: int, allowed: str | None) -> Ranked:
         with telemetry.span(contract.RETRIEVE_VECTOR if signal in DENSE else contract.RETRIEVE_FTS):
             found = await self._query(signal, query, vector, depth=depth, allowed=allowed).to_arrow()
-            telemetry.searched(signal, candidates=len(found))
+            index = self._ef_and_refine(depth) if signal in DENSE else None
+            telemetry.searched(signal, candidates=len(found), index=index, filtered=allowed)
         scores = 1.0 - found["_distance"].to_numpy() if signal in DENSE else found["_score"].to_numpy()
         return Ranked(found["_rowid"].to_numpy().astype(np.int64), scores.astype(np.float64))
 

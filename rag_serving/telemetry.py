@@ -279,9 +279,14 @@ def asked(*, query_tokens: int, deadline_seconds: float) -> None:
         metrics.observe(contract.QUERY_TOKENS_SEEN, query_tokens)
 
 
-def searched(signal: str, *, candidates: int) -> None:
-    """One signal was searched, in the span under way."""
-    record({contract.DATABASE: "lancedb", contract.SIGNAL: signal, contract.CANDIDATES: candidates})
+def searched(signal: str, *, candidates: int, index: tuple[int, int] | None, filtered: str | None) -> None:
+    """One signal was searched, in the span under way: vectors with (ef, refine factor), (0, 0) without an index; rows for which `filtered` holds."""
+    searching: dict[Attribute, Value] = {contract.DATABASE: "lancedb", contract.SIGNAL: signal, contract.CANDIDATES: candidates}
+    if index is not None:
+        searching[contract.EF], searching[contract.REFINE] = index
+    if filtered is not None:
+        searching[contract.FILTER_HASH] = hashlib.sha256(filtered.encode()).hexdigest()[:12]
+    record(searching)
 
 
 def retrieved(*, snapshot_id: str, generation: int, top_k: int, scores: Sequence[float], doc_ids: Sequence[str]) -> None:

@@ -137,6 +137,9 @@ SCORE_GAP = Attribute("rag.score_gap", "float", "fused score of the best passage
 SCORES = Attribute("rag.scores", "floats", "fused scores of the passages found, best first")
 SIGNAL = Attribute("rag.signal", "string", "the column searched: dense_text, dense_title, bm25_text, bm25_title")
 CANDIDATES = Attribute("rag.candidates", "int", "rows that came back")
+EF = Attribute("rag.ef", "int", "rows of the HNSW index looked at; 0: exact search")
+REFINE = Attribute("rag.refine_factor", "int", "times as many rows were compared exactly as came back; 0: exact search")
+FILTER_HASH = Attribute("rag.filter_hash", "string", "12 hex digits of a hash of the filter and the access lists that were applied")
 RERANKER = Attribute("rag.reranker", "string", "kind of the reranker")
 RERANKED = Attribute("rag.reranked_chunks", "int", "passages given to the reranker")
 RANK_BEFORE = Attribute("rag.rank_of_top1_before", "int", "fused rank of the passage that is first now")
@@ -204,8 +207,8 @@ RETRIEVE = Span(
     (OPERATION, DATA_SOURCE, TOP_K, RETRIEVED_CHUNKS, SOURCES, SCORES),
     (SCORE_TOP1, SCORE_GAP),
 )
-RETRIEVE_VECTOR = Span("retrieve.vector", "internal", "one vector search", (DATABASE, SIGNAL, CANDIDATES))
-RETRIEVE_FTS = Span("retrieve.fts", "internal", "one full-text search", (DATABASE, SIGNAL, CANDIDATES))
+RETRIEVE_VECTOR = Span("retrieve.vector", "internal", "one vector search", (DATABASE, SIGNAL, CANDIDATES, EF, REFINE), (FILTER_HASH,))
+RETRIEVE_FTS = Span("retrieve.fts", "internal", "one full-text search", (DATABASE, SIGNAL, CANDIDATES), (FILTER_HASH,))
 FUSE = Span("fuse", "internal", "the signals become one order", (CANDIDATES,))
 RERANK = Span("rerank", "internal", "the best passages are ranked again", (), (RERANKER, RERANKED, RERANK_SCORE_TOP1, RANK_BEFORE))
 ASSEMBLE = Span("assemble", "internal", "passages an answer may rest on", (CONTEXT_TOKENS, CHUNKS_DROPPED, SOURCES))
@@ -312,6 +315,7 @@ SLOTS = _gauge(_I, "rag_slots", "requests", "requests that may hold a slot at on
 BREAKER = _gauge(_I, "rag_breaker_state", "1", "0 closed, 1 half open, 2 open", _DEPENDENCY)
 POOL_IN_USE = _gauge(_I, "rag_pool_in_use", "calls", "calls to the embedding service under way")
 POOL_SIZE = _gauge(_I, "rag_pool_size", "calls", "calls to the embedding service that may be under way at once")
+POOL_WAITERS = _gauge(_I, "rag_pool_waiters", "calls", "calls to the embedding service that wait for a connection")
 CALLS = _counter(
     _I, "rag_embedding_calls", "calls", "first tries, second tries, hedges, failures and refusals of the breaker", _CALL, read=True
 )

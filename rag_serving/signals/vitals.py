@@ -79,6 +79,7 @@ def _asking(encoder: RemoteEncoder) -> Iterator[Level]:
     yield Level(contract.BREAKER, _BREAKER[encoder.state], ("embedder",))
     yield Level(contract.POOL_IN_USE, traffic.in_flight)
     yield Level(contract.POOL_SIZE, MOST_CONNECTIONS)
+    yield Level(contract.POOL_WAITERS, max(0, traffic.in_flight - MOST_CONNECTIONS))
     yield Level(contract.CACHED, traffic.cache_hits, ("hit",))
     yield Level(contract.CACHED, traffic.cache_misses, ("miss",))
     for kind in ("first", "retry", "hedge", "failure", "refused"):
