@@ -54,7 +54,7 @@ def alone(tracing: TracerProvider) -> float:
             with telemetry.phase("retrieve", tracer=tracer):
                 for kind in (contract.RETRIEVE_VECTOR, contract.RETRIEVE_FTS) * 2:
                     with telemetry.span(kind):
-                        telemetry.searched("dense_text", candidates=100)
+                        telemetry.searched("dense_text", candidates=100, index=(100, 1), filtered=None)
                 with telemetry.span(contract.FUSE):
                     telemetry.record({contract.CANDIDATES: 100})
                 telemetry.retrieved(snapshot_id="s", generation=1, top_k=5, scores=[1.0, 0.9, 0.8, 0.7, 0.6], doc_ids=list("abcde"))
