@@ -18,7 +18,7 @@ from rag_serving.edge.limits import BodyLimit
 from rag_serving.edge.openapi import describe
 from rag_serving.edge.origins import Origins
 from rag_serving.edge.page_files import read_page
-from rag_serving.edge.ports import listening, require_port
+from rag_serving.edge.ports import listening, require_port, server_config
 from rag_serving.edge.problems import add_problems, refusal
 from rag_serving.edge.routes import routes
 from rag_serving.embedding.vector_probe import VectorProbe
@@ -89,17 +89,7 @@ def serve(settings: Settings, *, host: str, port: int) -> None:
     logs.configure(settings.places.log_format, settings.places.log_level)
     telling = settings.telemetry
     tracing = telemetry.exporting_provider(service="ragline", share=telling.share, slow_seconds=telling.slow_seconds)
-    config = uvicorn.Config(
-        create_app(settings, store=store, tracing=tracing),
-        host=host,
-        port=port,
-        access_log=False,
-        log_config=None,
-        ws="none",
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=10,
-        proxy_headers=False,
-    )
+    config = server_config(create_app(settings, store=store, tracing=tracing), host=host, port=port)
     server = uvicorn.Server(config)
     gc.freeze()  # a full collection looks at what will be garbage, not at every module: it stops all requests for as long as it takes
     with suppress(KeyboardInterrupt):

@@ -14,7 +14,6 @@ from functools import partial
 
 import numpy as np
 import numpy.typing as npt
-import uvicorn
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from opentelemetry.sdk.trace import TracerProvider
@@ -27,7 +26,7 @@ from rag_serving import telemetry
 from rag_serving.deadline import Deadline
 from rag_serving.edge.draining import DrainingServer
 from rag_serving.edge.limits import BodyLimit
-from rag_serving.edge.ports import require_port
+from rag_serving.edge.ports import require_port, server_config
 from rag_serving.embedding.batching import Bench
 from rag_serving.embedding.embedder_metrics import EmbedderMetrics
 from rag_serving.embedding.embeddings_wire import DEADLINE_HEADER, EmbeddingsReply, EmbeddingsRequest, ModelCard, ModelList, reply_body
@@ -253,15 +252,4 @@ def serve(settings: Settings, *, models: Sequence[str], host: str, port: int) ->
     def drain() -> None:
         app.state.draining = True
 
-    config = uvicorn.Config(
-        app,
-        host=host,
-        port=port,
-        access_log=False,
-        log_config=None,
-        ws="none",
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=10,
-        proxy_headers=False,
-    )
-    DrainingServer(config, seconds=settings.embedder.drain_seconds, drain=drain).run()
+    DrainingServer(server_config(app, host=host, port=port), seconds=settings.embedder.drain_seconds, drain=drain).run()

@@ -105,7 +105,14 @@ def test_an_unreachable_postgres_is_one_line(ragline, tmp_path):
     assert "secret-word" not in done.stderr
 
 
-@pytest.mark.parametrize("command", [["search", "anything"], ["rollback"], ["promote", "no-such-snapshot-000000000000"]])
-def test_commands_before_the_first_release_say_so(ragline, tmp_path, command):
+@pytest.mark.parametrize(
+    ("command", "remedy"),
+    [
+        (["search", "anything"], "Make the first release with `ragline run`."),
+        (["rollback"], "Look at `ragline releases`."),
+        (["promote", "no-such-snapshot-000000000000"], "Run `ragline status` to see the snapshots."),
+    ],
+)
+def test_commands_before_the_first_release_say_so(ragline, tmp_path, command, remedy):
     """Commands that need a release or a snapshot say what to run first."""
-    refused(ragline(tmp_path / "home", *command), says="ragline")
+    refused(ragline(tmp_path / "home", *command), says=remedy)
