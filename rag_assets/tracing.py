@@ -18,12 +18,13 @@ from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
+from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, set_span_in_context
 from opentelemetry.trace import Span as OpenSpan
 
 from rag_serving import telemetry
 from rag_serving.signals import contract, work
-from rag_serving.signals.exporting import HeadSample, otlp_sink
+from rag_serving.signals.exporting import otlp_sink
 
 SERVICE = "ragline-pipeline"
 STEP_SECONDS = 1.0  # that a step in a process of its own waits for its spans to leave, and
@@ -66,7 +67,7 @@ _open: set[str] = set()
 def pipeline_provider() -> TracerProvider:
     """A provider that keeps every span of every run, without a sink. OTEL_SERVICE_NAME overrides `ragline-pipeline`."""
     resource = Resource.create({"service.name": os.environ.get("OTEL_SERVICE_NAME") or SERVICE})
-    return TracerProvider(sampler=HeadSample(1.0), resource=resource, id_generator=_RunIds(), shutdown_on_exit=False)
+    return TracerProvider(sampler=ALWAYS_ON, resource=resource, id_generator=_RunIds(), shutdown_on_exit=False)
 
 
 @contextmanager

@@ -24,7 +24,8 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from rag_serving.signals import contract, metrics
 from rag_serving.signals.contract import Attribute, Metric, Outcome, Span
-from rag_serving.signals.exporting import HeadSample, otlp_sink
+from rag_serving.signals.exporting import otlp_sink
+from rag_serving.signals.spans import LightProvider
 
 Value = str | int | float | bool | Sequence[str] | Sequence[float]
 
@@ -83,7 +84,7 @@ _inflight: set[int] = set()
 def provider(*, service: str = "ragline", share: float = 1.0) -> TracerProvider:
     """A provider of this process' spans, without exporters. `share` of the traces that begin here are sampled; all are recorded."""
     named = os.environ.get("OTEL_SERVICE_NAME") or service
-    return TracerProvider(sampler=HeadSample(share), resource=Resource.create({"service.name": named}))
+    return LightProvider(share=share, resource=Resource.create({"service.name": named}))
 
 
 def exporting_provider(*, service: str, share: float, slow_seconds: float) -> TracerProvider:
@@ -186,25 +187,26 @@ def serving(tracer: Tracer, method: str, path: str, headers: Mapping[str, str]) 
     declared = _ROUTES.get((method, path), contract.REQUEST)
     route = path if declared is not contract.REQUEST else ""
     started = time.perf_counter()
-    with tracer.start_as_current_span(
-        declared.name, context_of(headers), kind=SpanKind.SERVER, record_exception=False, set_status_on_exception=False
-    ) as made:
-        request = Request(made, trace_id_of(made.get_span_context()), route)
-        tokens = _tracer.set(tracer), _request.set(request)
-        _inflight.add(id(request))
-        try:
-            yield request
-        except asyncio.CancelledError:
-            request.gone = True
-            raise
-        except Exception as error:
-            made.set_attribute(contract.ERROR_TYPE.name, type(error).__name__)
-            raise
-        finally:
-            _inflight.discard(id(request))
-            _tracer.reset(tokens[0])
-            _request.reset(tokens[1])
-            _ended(request, method, time.perf_counter() - started)
+    made = tracer.start_span(declared.name, context_of(headers), kind=SpanKind.SERVER)
+    outer = attach(set_span_in_context(made))
+    request = Request(made, trace_id_of(made.get_span_context()), route)
+    tokens = _tracer.set(tracer), _request.set(request)
+    _inflight.add(id(request))
+    try:
+        yield request
+    except asyncio.CancelledError:
+        request.gone = True
+        raise
+    except Exception as error:
+        made.set_attribute(contract.ERROR_TYPE.name, type(error).__name__)
+        raise
+    finally:
+        _inflight.discard(id(request))
+        _tracer.reset(tokens[0])
+        _request.reset(tokens[1])
+        _ended(request, method, time.perf_counter() - started)
+        detach(outer)
+        made.end()
 
 
 def _ended(request: Request, method: str, seconds: float) -> None:
@@ -262,8 +264,8 @@ def guarded(events: Sequence[tuple[str, str, str, int]]) -> None:
     """Rules of guards applied: guard, rule, action, and how often."""
     request = _request.get()
     if events:
-        record({contract.GUARD_RULES_APPLIED: [rule for _, rule, _, _ in events]})
-        record({contract.GUARD_ACTIONS: [action for _, _, action, _ in events]})
+        record({contract.GUARD_RULES_APPLIED: tuple(rule for _, rule, _, _ in events)})
+        record({contract.GUARD_ACTIONS: tuple(action for _, _, action, _ in events)})
     for guard, rule, action, times in events:
         if request is not None:
             request.blocked = request.blocked or (guard, action) == ("output", "block")
@@ -298,7 +300,7 @@ def retrieved(*, snapshot_id: str, generation: int, top_k: int, scores: Sequence
         contract.TOP_K: top_k,
         contract.RETRIEVED_CHUNKS: found,
         contract.SOURCES: sources,
-        contract.SCORES: [round(score, 6) for score in scores],
+        contract.SCORES: tuple(round(score, 6) for score in scores),
     }
     first: dict[Attribute, Value] = {contract.SNAPSHOT_ID: snapshot_id, contract.GENERATION: generation, contract.RETRIEVED_CHUNKS: found}
     if scores:
@@ -370,7 +372,7 @@ def chatting(model: str) -> Iterator[Call]:
 def ended(reason: str) -> None:
     """A language model stopped writing, for the reason it gave; "" when it gave none."""
     if reason:
-        record({contract.FINISH_REASONS: [reason if reason in _FINISH_REASONS else contract.OTHER]})
+        record({contract.FINISH_REASONS: (reason if reason in _FINISH_REASONS else contract.OTHER,)})
 
 
 def answered(*, abstained: bool, citations: int, groundedness: float | None, confidence: str | None, flags: Sequence[str]) -> None:

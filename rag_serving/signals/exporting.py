@@ -9,14 +9,10 @@ import logging
 import os
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Sequence
 
-from opentelemetry.context import Context
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
-from opentelemetry.sdk.trace.sampling import Decision, Sampler, SamplingResult, TraceIdRatioBased
-from opentelemetry.trace import Link, SpanKind, StatusCode, TraceState, get_current_span
-from opentelemetry.util.types import Attributes
+from opentelemetry.trace import StatusCode
 
 from rag_serving.signals import metrics
 from rag_serving.signals.contract import OUTCOME, REQUEST, SPANS_DROPPED, STATUS, Outcome
@@ -29,34 +25,9 @@ BATCH = 512
 PAUSE_SECONDS = 1.0
 STOP_SECONDS = 1.5
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-_LOW = TraceIdRatioBased.TRACE_ID_LIMIT
 TELLING = frozenset({Outcome.DEGRADED, Outcome.BLOCKED, Outcome.SHED, Outcome.TIMEOUT, Outcome.ERROR})
 
 log = logging.getLogger(__name__)
-
-
-class HeadSample(Sampler):
-    """Every span is recorded, so that the tail rule can choose; the sampled flag follows the caller's trace, else a share of trace ids."""
-
-    def __init__(self, share: float) -> None:
-        self._share = TraceIdRatioBased(share)
-
-    def should_sample(  # noqa: PLR0917 - the interface's
-        self,
-        parent_context: Context | None,
-        trace_id: int,
-        name: str,  # noqa: ARG002
-        kind: SpanKind | None = None,  # noqa: ARG002
-        attributes: Attributes = None,
-        links: Sequence[Link] | None = None,  # noqa: ARG002
-        trace_state: TraceState | None = None,
-    ) -> SamplingResult:
-        parent = get_current_span(parent_context).get_span_context()
-        chosen = parent.trace_flags.sampled if parent.is_valid else trace_id & _LOW < self._share.bound
-        return SamplingResult(Decision.RECORD_AND_SAMPLE if chosen else Decision.RECORD_ONLY, attributes, trace_state)
-
-    def get_description(self) -> str:
-        return f"HeadSample({self._share.rate:g})"
 
 
 def worth_keeping(span: ReadableSpan, *, slow_seconds: float) -> bool:

@@ -13,7 +13,7 @@ from trace_sink import sink
 
 from rag_serving import telemetry
 from rag_serving.signals import contract, exporting, metrics
-from rag_serving.signals.exporting import HeadSample, TailSink
+from rag_serving.signals.exporting import TailSink
 
 KEPT = f"00-{'ab' * 16}-{'cd' * 8}-01"
 UNSAMPLED = f"00-{'ab' * 16}-{'cd' * 8}-00"
@@ -42,7 +42,7 @@ class Kept(SpanExporter):
 
 def provided(exporter: SpanExporter, *, share: float, slow_seconds: float = 60.0) -> tuple[TracerProvider, TailSink]:
     tail = TailSink(exporter, slow_seconds=slow_seconds)
-    tracing = TracerProvider(sampler=HeadSample(share))
+    tracing = telemetry.provider(share=share)
     tracing.add_span_processor(tail)
     return tracing, tail
 
