@@ -6,7 +6,9 @@ They are httpx2's own pool. Its client, with cookies, redirects and decoding tha
 import asyncio
 import base64
 import ssl
-from collections.abc import Mapping
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -51,9 +53,14 @@ def _address(url: str) -> tuple[httpcore2.URL, str]:
 
 
 class Pool:
-    """At most `MOST_CONNECTIONS` connections, which belong to the event loop that runs: `aclose()` before it ends; it can be used again after."""
+    """At most `MOST_CONNECTIONS` connections, which belong to the event loop that runs: `aclose()` before it ends; it can be used again after.
 
-    def __init__(self) -> None:
+    `waited` is told of every request how many seconds it waited for a connection, also of one that was given up before it got any.
+    """
+
+    def __init__(self, *, waited: Callable[[float], None] | None = None) -> None:
+        self._waited = waited
+        self._room = asyncio.Semaphore(MOST_CONNECTIONS)  # of the loop below, as the pool is
         self._pool: httpcore2.AsyncConnectionPool | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -68,9 +75,10 @@ class Pool:
             sent.append(("Authorization", access))
         data = bytearray()
         try:
-            async with self._open().stream(
-                "POST", target, headers=[(name.encode(), value.encode()) for name, value in sent], content=body
-            ) as reply:
+            async with (
+                self._connection() as pool,
+                pool.stream("POST", target, headers=[(name.encode(), value.encode()) for name, value in sent], content=body) as reply,
+            ):
                 async for piece in reply.aiter_stream():
                     data += piece
                     if len(data) > most:
@@ -87,11 +95,25 @@ class Pool:
         if pool is not None and self._loop is asyncio.get_running_loop():
             await pool.aclose()
 
+    @asynccontextmanager
+    async def _connection(self) -> AsyncIterator[httpcore2.AsyncConnectionPool]:
+        """The pool, with a connection to be had: httpcore2 tells nobody how long one was waited for."""
+        pool, room, began = self._open(), self._room, time.perf_counter()
+        try:
+            await room.acquire()
+        finally:
+            if self._waited:
+                self._waited(time.perf_counter() - began)
+        try:
+            yield pool
+        finally:
+            room.release()
+
     def _open(self) -> httpcore2.AsyncConnectionPool:
         loop = asyncio.get_running_loop()
         if self._pool is None or self._loop is not loop:
             self._pool = httpcore2.AsyncConnectionPool(
                 tls(), max_connections=MOST_CONNECTIONS, max_keepalive_connections=MOST_CONNECTIONS, keepalive_expiry=_KEPT_SECONDS
             )
-            self._loop = loop
+            self._room, self._loop = asyncio.Semaphore(MOST_CONNECTIONS), loop
         return self._pool

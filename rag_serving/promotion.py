@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from rag_serving.errors import NoPrevious, PromotionRefused, ReleaseConflict, ReleaseError, SnapshotError
+from rag_serving.refusals import remembering
 from rag_serving.releases import Action, Entry, Ledger, Release, State
 from rag_serving.settings import Canary, Gate
 from rag_serving.signals import contract, work
@@ -51,33 +52,35 @@ def promote(
     Refused (PromotionRefused, whose code names the reason) without a fresh PASS of every gate for this manifest against the present champion,
     during a hold, or when the corpus shrank beyond the guard; a damaged snapshot is a SnapshotError, another writer at the same moment a
     ReleaseConflict. `override` skips the verdicts and nothing else, needs a reason and an actor, and expires after `gate.override_hours`;
-    while the live release stands on an expired one, another is refused. `allow_shrink` skips the guard. The entry records both.
+    while the live release stands on an expired one, another is refused. `allow_shrink` skips the guard. The entry records both. The store
+    remembers the last refusal.
     """
-    now = now or datetime.now(UTC)
-    ledger = Ledger(store)
-    state = ledger.state()
-    manifest = verify(store, snapshot_id)
-    if state.champion and state.champion.snapshot_id == snapshot_id:
-        return None
-    _check_free(state, snapshot_id)
-    if override:
-        verdicts = _overridden(store, state, manifest, actor=actor, reason=reason, now=now)
-    else:
-        verdicts = _required(store, state, manifest, GATES, gate=gate, traffic=traffic, now=now)
-    if not allow_shrink:
-        _check_shrink(store, manifest, state, gate)
-    ends = (now + timedelta(hours=gate.override_hours)).isoformat(timespec="seconds")
-    instead_of = state.champion.snapshot_id if state.champion else None
-    terms = {"override_expires_at": ends, "champion": instead_of} if override else {}
-    return ledger.append(
-        Action.PROMOTE,
-        after=state.number,
-        actor=actor,
-        reason=reason,
-        snapshot_id=snapshot_id,
-        manifest_sha256=manifest.sha256,
-        evidence={"override": override, **terms, "allow_shrink": allow_shrink, **_as_evidence(verdicts)},
-    )
+    with remembering(store, snapshot_id, actor=actor):
+        now = now or datetime.now(UTC)
+        ledger = Ledger(store)
+        state = ledger.state()
+        manifest = verify(store, snapshot_id)
+        if state.champion and state.champion.snapshot_id == snapshot_id:
+            return None
+        _check_free(state, snapshot_id)
+        if override:
+            verdicts = _overridden(store, state, manifest, actor=actor, reason=reason, now=now)
+        else:
+            verdicts = _required(store, state, manifest, GATES, gate=gate, traffic=traffic, now=now)
+        if not allow_shrink:
+            _check_shrink(store, manifest, state, gate)
+        ends = (now + timedelta(hours=gate.override_hours)).isoformat(timespec="seconds")
+        instead_of = state.champion.snapshot_id if state.champion else None
+        terms = {"override_expires_at": ends, "champion": instead_of} if override else {}
+        return ledger.append(
+            Action.PROMOTE,
+            after=state.number,
+            actor=actor,
+            reason=reason,
+            snapshot_id=snapshot_id,
+            manifest_sha256=manifest.sha256,
+            evidence={"override": override, **terms, "allow_shrink": allow_shrink, **_as_evidence(verdicts)},
+        )
 
 
 def start_canary(store: Store, snapshot_id: str, *, gate: Gate, actor: str, reason: str, now: datetime | None = None) -> Entry:

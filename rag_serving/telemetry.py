@@ -281,6 +281,13 @@ def asked(*, query_tokens: int, deadline_seconds: float) -> None:
         metrics.observe(contract.QUERY_TOKENS_SEEN, query_tokens)
 
 
+def connected(seconds: float) -> None:
+    """A call of the embedding service has its connection, or was given up without one, after waiting so long."""
+    record({contract.POOL_WAIT_MS: round(seconds * 1000, 3)})
+    if _request.get() is not None:
+        metrics.observe(contract.POOL_WAIT, seconds)
+
+
 def searched(signal: str, *, candidates: int, index: tuple[int, int] | None, filtered: str | None) -> None:
     """One signal was searched, in the span under way: vectors with (ef, refine factor), (0, 0) without an index; rows for which `filtered` holds."""
     searching: dict[Attribute, Value] = {contract.DATABASE: "lancedb", contract.SIGNAL: signal, contract.CANDIDATES: candidates}

@@ -115,7 +115,7 @@ class RemoteEncoder:
         self._cache_entries = client.cache_entries
         self.forget()
         self._users = 1
-        self._pool = Pool()
+        self._pool = Pool(waited=telemetry.connected)
 
     @property
     def state(self) -> State:

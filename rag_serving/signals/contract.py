@@ -153,6 +153,7 @@ GROUNDED = Attribute("rag.groundedness", "float", "share of the answer's words t
 CONFIDENCE = Attribute("rag.confidence", "string", "how far the answer can be trusted by what it rests on: high, medium or low")
 TENANT = Attribute("rag.tenant_hash", "string", "whose key asked: 12 digits of a hash of the key's id")
 ATTEMPT = Attribute("rag.attempt", "int", "tries it took, 1 or 2")
+POOL_WAIT_MS = Attribute("rag.pool.wait_ms", "float", "the last try waited so long for a connection")
 HEDGED = Attribute("rag.hedged", "bool", "asked a second time because the first took long")
 CACHE_HIT = Attribute("rag.embed.cache_hit", "bool", "the vector was known and nothing was asked")
 BATCH = Attribute("rag.embed.batch", "int", "texts of the call")
@@ -197,7 +198,7 @@ EMBEDDINGS = Span(
     "embeddings",
     "client",
     "the embedding service is asked",
-    (OPERATION, PROVIDER, REQUEST_MODEL, BATCH, DIMENSIONS, ATTEMPT, HEDGED),
+    (OPERATION, PROVIDER, REQUEST_MODEL, BATCH, DIMENSIONS, ATTEMPT, HEDGED, POOL_WAIT_MS),
     named_after="model",
 )
 RETRIEVE = Span(
@@ -315,6 +316,13 @@ SLOTS = _gauge(_I, "rag_slots", "requests", "requests that may hold a slot at on
 BREAKER = _gauge(_I, "rag_breaker_state", "1", "0 closed, 1 half open, 2 open", _DEPENDENCY)
 POOL_IN_USE = _gauge(_I, "rag_pool_in_use", "calls", "calls to the embedding service under way")
 POOL_SIZE = _gauge(_I, "rag_pool_size", "calls", "calls to the embedding service that may be under way at once")
+POOL_WAIT = _histogram(
+    _I,
+    "rag_pool_wait_seconds",
+    "seconds",
+    "time that calls to the embedding service waited for a connection",
+    (0.001, 0.005, 0.025, 0.1, 0.5, 1, 2.5),
+)
 POOL_WAITERS = _gauge(_I, "rag_pool_waiters", "calls", "calls to the embedding service that wait for a connection")
 CALLS = _counter(
     _I, "rag_embedding_calls", "calls", "first tries, second tries, hedges, failures and refusals of the breaker", _CALL, read=True
@@ -358,6 +366,9 @@ PREVIOUS_OPEN = _gauge(
 )
 HOLDS = _gauge(_R, "rag_holds", "1", "holds that stop promotions")
 RELEASES = _counter(_R, "rag_promotions", "releases", "releases that the ledger names, by how they came to be", _CHANGE, read=True)
+REFUSED_AT = _gauge(
+    _R, "rag_promotion_refused_timestamp_seconds", "seconds", "Unix time of the last refused promotion; absent once a release came after it"
+)
 RESTORE_SECONDS_LAST = _gauge(_R, "rag_restore_duration_seconds", "seconds", "time of each part of the last rehearsed rollback", _RESTORED)
 DRILL_AT = _gauge(_R, "rag_drill_last_success_timestamp_seconds", "seconds", "Unix time of the last rehearsed rollback that went well")
 HEARTBEAT = _gauge(

@@ -260,6 +260,13 @@ ALERTS = (
         "space and rights of the store",
     ),
     Alert(
+        "RagPromotionFailed",
+        f"time() - max({contract.REFUSED_AT.name}) < {12 * 3600}",
+        "ticket",
+        "a promotion was refused, and nothing was released since",
+        "the run of the promote job, or ragline promote: they say the numbers; ragline status",
+    ),
+    Alert(
         "RagPreviousSnapshotMissing",
         f"min({contract.PREVIOUS_OPEN.name}) == 0",
         "ticket",

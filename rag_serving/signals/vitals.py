@@ -21,6 +21,7 @@ from rag_serving.embedding.vector_probe import VectorProbe
 from rag_serving.errors import StoreError
 from rag_serving.live import Live
 from rag_serving.pipeline import Service
+from rag_serving.refusals import last_refusal
 from rag_serving.releases import Action, Entry
 from rag_serving.seals import unsealed
 from rag_serving.signals import contract
@@ -54,7 +55,15 @@ log = logging.getLogger(__name__)
 def levels(service: Service, slots: Slots, store: Store, probe: VectorProbe) -> list[Level]:
     """Every level that is known; reads the store, so call it in a thread."""
     live = service.live
-    known = (_working(service, slots), _released(live), _compared(live, probe), _measured(live, store), _rehearsed(store), _watched(store))
+    known = (
+        _working(service, slots),
+        _released(live),
+        _compared(live, probe),
+        _measured(live, store),
+        _rehearsed(store),
+        _watched(store),
+        _refused(live, store),
+    )
     return list(chain.from_iterable(known))
 
 
@@ -111,6 +120,13 @@ def _change(entry: Entry) -> str:
     if entry.action is Action.PROMOTE:
         return "overridden" if entry.evidence.get("override") else "promoted"
     return "rolled_back" if entry.action is Action.ROLLBACK else ""
+
+
+def _refused(live: Live, store: Store) -> Iterator[Level]:
+    refusal, champion = last_refusal(store), live.state.champion
+    released = [_unix(entry.at) for entry in live.entries if champion and entry.number == champion.number]
+    if refusal is not None and _unix(refusal.at) >= max(released, default=0):
+        yield Level(contract.REFUSED_AT, _unix(refusal.at))
 
 
 def _rehearsed(store: Store) -> Iterator[Level]:

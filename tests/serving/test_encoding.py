@@ -17,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from rag_serving import connections
 from rag_serving.deadline import Deadline
 from rag_serving.embedder import create_app
 from rag_serving.embedding.embeddings_wire import DEADLINE_HEADER
@@ -534,3 +535,26 @@ def test_local_encoders_keep_deadlines(model):
         await encoder.aclose()
 
     asyncio.run(run())
+
+
+def test_waiting_for_a_connection_is_measured(monkeypatch):
+    """Where calls outnumber connections, those that wait tell how long, also one that is given up before its turn."""
+    monkeypatch.setattr(connections, "MOST_CONNECTIONS", 1)
+    waits = []
+
+    async def slowly(_: Request) -> Response:
+        await asyncio.sleep(0.2)
+        return Response(b"{}")
+
+    async def asked(url: str) -> None:
+        pool = connections.Pool(waited=waits.append)
+        calls = [asyncio.create_task(pool.post(url, b"{}", {}, most=10)) for _ in range(3)]
+        await asyncio.sleep(0.1)
+        calls[2].cancel()
+        assert [reply.status for reply in await asyncio.gather(*calls[:2])] == [200, 200]
+        await pool.aclose()
+
+    with running(Starlette(routes=[Route("/", slowly, methods=["POST"])])) as url:
+        asyncio.run(asked(f"{url}/"))
+    first, given_up, second = sorted(waits)
+    assert first < 0.05 < given_up < 0.15 < second

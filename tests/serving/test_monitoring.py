@@ -189,6 +189,11 @@ CASES: dict[str, tuple[Case, Case, Case]] = {
         Case(False, 20, series={'rag_observations_total{result="written"}': rising(9, minutes=60)}),
         Case(False, 20, series={'rag_observations_total{result="dropped"}': level(5)}),
     ),
+    "RagPromotionFailed": (
+        Case(True, 60, series={"rag_promotion_refused_timestamp_seconds": level(60, minutes=60)}),
+        Case(False, 20, series={"rag_promotions_total": level(3)}),  # nothing was refused since the last release
+        Case(False, 13 * 60, 60, {"rag_promotion_refused_timestamp_seconds": level(60, minutes=13 * 60, step=60)}),  # half a day ago
+    ),
     "RagPreviousSnapshotMissing": (
         Case(True, 20, series={"rag_previous_snapshot_open": level(0)}),
         Case(False, 20, series={"rag_previous_snapshot_open": level(1)}),

@@ -13,6 +13,7 @@ from small_line import GATE, build, days_ago, pass_and_promote, pass_gates, pass
 
 from rag_serving.errors import NoPrevious, PromotionRefused, ReleaseConflict, ReleaseError, SnapshotError
 from rag_serving.promotion import abort, hold, lift, override_of, pin, promote, rollback, start_canary, unpin
+from rag_serving.refusals import last_refusal
 from rag_serving.releases import Action, Ledger
 from rag_serving.retrieval import Retriever
 from rag_serving.settings import Canary
@@ -35,6 +36,23 @@ def refused(store, manifest, match, error=PromotionRefused, **changes):
     with pytest.raises(error, match=match):
         attempt(store, manifest, **changes)
     assert Ledger(store).entries() == before
+    if error is PromotionRefused:
+        assert (last_refusal(store).snapshot_id, last_refusal(store).actor) == (manifest.snapshot_id, changes.get("actor", "tester"))
+
+
+def test_a_refusal_is_remembered_and_reported_where_it_cannot_be(line, caplog):
+    """The store keeps the code of the last refusal; where it takes nothing, the caller still gets the refusal and the log says the rest."""
+    store, (first, *_) = line
+    assert last_refusal(store) is None
+    refused(store, first, "has no retrieval quality verdict")
+    assert last_refusal(store).code == "verdict_absent"
+    store.write("promotion_refused.json", b"{")
+    assert last_refusal(store) is None
+    (store.root / "promotion_refused.json").unlink()
+    (store.root / "promotion_refused.json").mkdir()
+    with pytest.raises(PromotionRefused, match="has no retrieval quality verdict"):
+        attempt(store, first)
+    assert "was not written down" in caplog.text
 
 
 def test_promotion_records_its_evidence(line):

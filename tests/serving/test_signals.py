@@ -21,6 +21,8 @@ from traced_line import GX, STRONG, WEAK, kept_spans, metadata_of, trace_of
 from rag_serving import app, embedder, telemetry
 from rag_serving.edge.caller import SCOPES
 from rag_serving.edge.keys import create_key
+from rag_serving.errors import PromotionRefused
+from rag_serving.promotion import promote
 from rag_serving.settings import Access, Admission, EncoderClient, Guards, Rerank, Serving
 from rag_serving.signals import contract, metrics, variety
 from rag_serving.signals.contract import METRICS, SPANS, Outcome
@@ -105,12 +107,15 @@ def driven(tmp_path_factory):
 
 
 def _week(line) -> dict:
-    """What a week brings: the gates, a corpus that grew, the drift run, the drill, and sensors that watch."""
+    """What a week brings: the gates, a corpus that grew, the drift run, the drill, sensors that watch, a refused promotion."""
     runs = {"promote": line.run("promote")}
     line.add({f"page{number}": (f"Page {number}", f"Something else, number {number}, about a zebra.") for number in range(30)})
     runs["rebuild"] = line.run("build", partition_key=STRONG)
     runs |= {name: line.run(name) for name in ("weekly_drift", "drill")}
     line.tick()
+    weak, gate = line.snapshot_of(WEAK).snapshot_id, line.bench.settings.gate
+    with pytest.raises(PromotionRefused):
+        promote(line.bench.store, weak, gate=gate, actor="tester", reason="for a test")
     return runs
 
 
