@@ -1,8 +1,8 @@
 """The serving process: its parts put together, started and stopped. Addresses are in routes.py, the work is in pipeline.py."""
 
-import gc
+import asyncio
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
 import uvicorn
@@ -11,6 +11,7 @@ from opentelemetry.sdk.trace import TracerProvider
 
 from rag_serving import telemetry
 from rag_serving.canary import Traffic
+from rag_serving.collector import settle
 from rag_serving.edge.entry import Edge
 from rag_serving.edge.frame import Frame
 from rag_serving.edge.keys import require_keys
@@ -29,6 +30,7 @@ from rag_serving.pipeline import Service
 from rag_serving.settings import Settings
 from rag_serving.signals import logs
 from rag_serving.store import LocalStore, Store
+from rag_serving.writing.injection import classifier
 from rag_serving.writing.llm import LanguageModel
 
 MOST_BODY_BYTES = 64 << 10
@@ -42,6 +44,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     service: Service = app.state.service
     edge: Edge = app.state.edge
     await edge.start()
+    await asyncio.to_thread(classifier)  # read now, not while the first question waits
     service.live.start()
     service.traffic.start()
     app.state.probe.start()
@@ -53,15 +56,18 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     await edge.stop()
 
 
-def create_app(settings: Settings, *, store: Store | None = None, tracing: TracerProvider | None = None) -> FastAPI:
+def create_app(
+    settings: Settings, *, store: Store | None = None, tracing: TracerProvider | None = None, opened: Callable[[], None] | None = None
+) -> FastAPI:
     """The service over a store; default: the settings' own. It starts whatever the store holds, and answers once a release is open.
 
-    `tracing` makes its spans; add span processors to it to send them somewhere.
+    `tracing` makes its spans; add span processors to it to send them somewhere. `opened` is called when the first release is open, before it
+    answers.
     """
     tracer = telemetry.tracer(tracing or telemetry.provider(share=settings.telemetry.share))
     app = FastAPI(title="ragline", version="1", lifespan=_lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.store = store or LocalStore(settings.store_dir)
-    live = Live(app.state.store, settings)
+    live = Live(app.state.store, settings, opened=opened)
     observations = ObservationLog(app.state.store, settings.canary)
     writer = Writer(LanguageModel.configured(settings), settings.generation.llm_timeout_seconds, settings.guards)
     traffic = Traffic(live, observations, settings.canary, busy=lambda: telemetry.inflight() > max(1, settings.admission.concurrency // 8))
@@ -89,9 +95,8 @@ def serve(settings: Settings, *, host: str, port: int) -> None:
     logs.configure(settings.places.log_format, settings.places.log_level)
     telling = settings.telemetry
     tracing = telemetry.exporting_provider(service="ragline", share=telling.share, slow_seconds=telling.slow_seconds)
-    config = server_config(create_app(settings, store=store, tracing=tracing), host=host, port=port)
+    config = server_config(create_app(settings, store=store, tracing=tracing, opened=settle), host=host, port=port)
     server = uvicorn.Server(config)
-    gc.freeze()  # a full collection looks at what will be garbage, not at every module: it stops all requests for as long as it takes
     with suppress(KeyboardInterrupt):
         server.run(sockets=[listening(config)])
     if not server.started:

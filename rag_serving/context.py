@@ -3,12 +3,14 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 
 from rag_serving.retrieval import Hit
 
 BUDGET = 3000
 
+_KNOWN_TEXTS = 4096  # the passages of an index come again and again
 _TOKEN = re.compile(r"[A-Za-z]{1,4}|\n\s*|[^\sA-Za-z]")
 
 
@@ -46,6 +48,7 @@ def assemble(hits: Iterable[Hit], *, budget: int = BUDGET) -> tuple[Passage, ...
     return tuple(passages)
 
 
+@lru_cache(_KNOWN_TEXTS)
 def count_tokens(text: str) -> int:
     """About how many tokens a language model reads here, whichever it is; more often too many than too few.
 

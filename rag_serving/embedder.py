@@ -8,7 +8,7 @@ reply, and `X-Ragline-Deadline-Ms`: work that nobody waits for any more when its
 import asyncio
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 
@@ -23,6 +23,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 
 from rag_serving import telemetry
+from rag_serving.collector import settle
 from rag_serving.deadline import Deadline
 from rag_serving.edge.draining import DrainingServer
 from rag_serving.edge.limits import BodyLimit
@@ -198,6 +199,12 @@ async def metrics(request: Request) -> Response:
     return Response(request.app.state.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
 
+async def _preload(app: FastAPI) -> None:
+    await app.state.shelf.preload(app.state.preload)
+    if app.state.loaded is not None:
+        app.state.loaded()
+
+
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings: Settings = app.state.settings
@@ -211,7 +218,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     )
     app.state.metrics.watch(app.state.bench)
     app.state.bench.start()
-    loading = asyncio.create_task(app.state.shelf.preload(app.state.preload))
+    loading = asyncio.create_task(_preload(app))
     yield
     loading.cancel()
     with suppress(asyncio.CancelledError):
@@ -219,15 +226,17 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     await asyncio.to_thread(app.state.bench.close)
 
 
-def create_app(settings: Settings, *, preload: Sequence[str], tracing: TracerProvider | None = None) -> FastAPI:
+def create_app(
+    settings: Settings, *, preload: Sequence[str], tracing: TracerProvider | None = None, loaded: Callable[[], None] | None = None
+) -> FastAPI:
     """The service over `settings.models`. `preload` starts to load at once and decides readiness; others load on first use. ConfigError.
 
-    `tracing` makes spans of its requests; without it there are none.
+    `tracing` makes spans of its requests; without it there are none. `loaded` is called once the preloaded models are.
     """
     for name in preload:
         settings.model(name)
     app = FastAPI(title="ragline embedder", version="1", lifespan=_lifespan)
-    app.state.settings, app.state.preload, app.state.draining = settings, tuple(preload), False
+    app.state.settings, app.state.preload, app.state.loaded, app.state.draining = settings, tuple(preload), loaded, False
     app.include_router(routes)
     add_ranking(app, settings)
     app.add_middleware(BodyLimit, most_bytes=MOST_BYTES, too_long=_TOO_LONG, refusal=partial(_error, code="body_too_long"))
@@ -247,7 +256,7 @@ def serve(settings: Settings, *, models: Sequence[str], host: str, port: int) ->
     sys.setswitchinterval(SWITCH_SECONDS)
     telling = settings.telemetry
     tracing = telemetry.exporting_provider(service="ragline-embedder", share=telling.share, slow_seconds=telling.slow_seconds)
-    app = create_app(settings, preload=models, tracing=tracing)
+    app = create_app(settings, preload=models, tracing=tracing, loaded=settle)
 
     def drain() -> None:
         app.state.draining = True

@@ -9,7 +9,7 @@ changes nothing for the champion.
 import asyncio
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 
@@ -28,7 +28,9 @@ log = logging.getLogger(__name__)
 class Live:
     """What one serving process has open. Everything happens on one event loop; reading and hashing happen in threads."""
 
-    def __init__(self, store: Store, settings: Settings) -> None:
+    def __init__(self, store: Store, settings: Settings, *, opened: Callable[[], None] | None = None) -> None:
+        """`opened` is called once, when the first release is open and before it answers."""
+        self._when_open = opened
         self.serving: Serving | None = None
         self.canary: Serving | None = None
         self.state = State()
@@ -170,6 +172,9 @@ class Live:
         if reused is not None:
             reused.recheck = True
         snapshot = reused or await self._opened(release)
+        if self._when_open is not None:
+            self._when_open()
+            self._when_open = None
         self.serving = Serving(release.number, snapshot, _now())
         seconds = time.perf_counter() - started
         telemetry.swapped(seconds)

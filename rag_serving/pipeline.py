@@ -17,6 +17,7 @@ from rag_serving.guards import SPARE, guard_hits, guard_query, spread
 from rag_serving.live import Live
 from rag_serving.opened import Serving
 from rag_serving.retrieval import Hit, Vector
+from rag_serving.rounds import Rounds
 from rag_serving.settings import Settings
 from rag_serving.signals.variety import Results
 from rag_serving.writing.confidence import confidence
@@ -34,6 +35,7 @@ class Service:
     traffic: Traffic
     writer: Writer
     results: Results = field(default_factory=Results)
+    rounds: Rounds = field(default_factory=Rounds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,7 @@ def _taken(service: Service, question: Question, exchange: Exchange) -> Question
 async def _answer(service: Service, question: Question, serving: Serving, exchange: Exchange) -> tuple[Found, Answer]:
     found = await _found(service, question, serving, exchange, spare=SPARE)
     settings, rules = service.settings.generation, service.settings.guards
+    await service.rounds.turn()
     with exchange.phase("assemble"):
         off_topic = settings.abstain == "tuned" and serving.snapshot.relevance.refuses(found.hits)
         with telemetry.guarding("context"):
@@ -97,6 +100,7 @@ async def _answer(service: Service, question: Question, serving: Serving, exchan
             sources=len({passage.hit.doc_id for passage in passages}),
         )
     await exchange.found(found)
+    await service.rounds.turn()
     with exchange.phase("generate"):
         made = await service.writer.answer(question.query, passages, exchange)
         made = replace(made, confidence=confidence(made, serving.snapshot.relevance.reached_by, apart=settings.sources_apart))

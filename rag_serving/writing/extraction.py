@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from rag_serving.context import Passage
@@ -30,6 +31,8 @@ COMFORTABLE = 160  # characters of a sentence that costs nothing
 LONGEST = 600  # characters of a quote
 NOTHING_FOUND = "The passages found do not answer this question."
 NO_PASSAGES = "Nothing was found for this question."
+
+_KNOWN_TEXTS = 2048  # the passages of an index come again and again
 
 _BREAK = re.compile(r"(?<=[.!?…])[\"')\]]*\s+(?=[^\sa-z])|(?<=[。！？])|\s*\n\s*\n\s*|\s*\n\s*(?=(?:[-*+•#>|]|\d+[.)])\s)")  # noqa: RUF001
 _LEAD = re.compile(r"^(?:[-*+•>|]|#{1,6}|\d+[.)])\s+")
@@ -84,7 +87,7 @@ def extract(query: str, passages: Sequence[Passage]) -> Answer:
     if not passages:
         return Answer(NO_PASSAGES, abstained=True)
     asked = frozenset(terms(query))
-    scored = [_Sentence(passage, text, frozenset(terms(text))) for passage in passages for text in sentences(passage.text)]
+    scored = [_Sentence(passage, text, words) for passage in passages for text, words in _worded(passage.text)]
     weights = _weights(asked, [each.words for each in scored])
     contexts = {passage.number: frozenset(terms(f"{passage.hit.title} {passage.hit.heading_path}")) for passage in passages}
     scored = [_score(each, contexts[each.passage.number], weights) for each in scored]
@@ -96,6 +99,12 @@ def extract(query: str, passages: Sequence[Passage]) -> Answer:
     chosen = [each for each in scored if any(each is kept for kept in distinct)]
     quotes = tuple(Quote(each.passage, each.text) for each in chosen)
     return Answer(" ".join(f"{quote.text} [{quote.passage.number}]" for quote in quotes), quotes, groundedness=1.0)
+
+
+@lru_cache(_KNOWN_TEXTS)
+def _worded(text: str) -> tuple[tuple[str, frozenset[str]], ...]:
+    """Each sentence with its words."""
+    return tuple((sentence, frozenset(terms(sentence))) for sentence in sentences(text))
 
 
 def _weights(asked: frozenset[str], sentences_words: Sequence[frozenset[str]]) -> dict[str, float]:
