@@ -86,8 +86,8 @@ def _written(reply: BaseModel) -> Response:
     return Response(reply.model_dump_json(), media_type="application/json")
 
 
-@routes.post("/v1/compare", openapi_extra=_BODY, responses=DOCUMENTED)
-async def compare(request: Request, admitted: Admitted) -> CompareReply:
+@routes.post("/v1/compare", response_model=CompareReply, openapi_extra=_BODY, responses=DOCUMENTED)
+async def compare(request: Request, admitted: Admitted) -> Response:
     """The same question answered by what is released and by the canary that is tried beside it."""
     service: Service = request.app.state.service
     admitted.spend(admitted.body.query, admitted.body.query)
@@ -96,11 +96,11 @@ async def compare(request: Request, admitted: Admitted) -> CompareReply:
     champion = query_reply(found, answer, admitted.exchange)
     canary = query_reply(*beside[0], beside[1]) if beside else None
     admitted.spend(*(hit.text for reply in (champion, canary) if reply for hit in reply.hits))
-    return CompareReply(champion=champion, canary=canary)
+    return _written(CompareReply(champion=champion, canary=canary))
 
 
 @routes.post("/v1/chat/completions", response_model=ChatReply, openapi_extra=takes(ChatRequest), responses=_STREAMED)
-async def chat(request: Request, admitted: Annotated[Asked[ChatRequest], Depends(asked(ChatRequest, "query"))]) -> ChatReply | Response:
+async def chat(request: Request, admitted: Annotated[Asked[ChatRequest], Depends(asked(ChatRequest, "query"))]) -> Response:
     """The same as /v1/query in the shape of OpenAI's chat completions: the last user message is the question."""
     body, question = admitted.body, admitted.body.question()
     work = partial(_answered, request, admitted, question)
@@ -108,7 +108,7 @@ async def chat(request: Request, admitted: Annotated[Asked[ChatRequest], Depends
         usage = body.stream_options is not None and body.stream_options.include_usage
         return ChatStream(admitted.exchange, work, question=question, include_usage=usage)
     found, answer = await while_connected(request.receive, work())
-    return chat_reply(question, found, answer, admitted.exchange)
+    return _written(chat_reply(question, found, answer, admitted.exchange))
 
 
 @routes.get("/v1/models", dependencies=[Depends(allowed("query"))], responses=documented(401, 403, 429))

@@ -99,7 +99,7 @@ class Bench:
     def __init__(
         self,
         *,
-        batch_tokens: int = 256,
+        batch_tokens: int,
         max_wait: float = 0.002,
         most_texts: int = 1024,
         computed: Callable[[Computed], None] = lambda _: None,
@@ -219,8 +219,7 @@ class Bench:
                 self._drop_over(line)
                 turn = self._turns[True].next(before=line[0].arrived if line else None)
                 if turn is not None:
-                    self._at_queries += 1
-                    compute_on(max(1, self._cores // self._at_queries))
+                    self._share_cores()
                     return turn
                 if not line:
                     changed.wait()
@@ -229,10 +228,14 @@ class Bench:
                 if pause > 0 and sum(map(_tokens_left, line)) < self._batch_tokens:
                     changed.wait(pause)
                     continue
-                self._at_queries += 1
-                compute_on(max(1, self._cores // self._at_queries))
+                self._share_cores()
                 return self._take_queries(line)
         return []
+
+    def _share_cores(self) -> None:
+        """One more thread computes queries: the calling one, on its share."""
+        self._at_queries += 1
+        compute_on(max(1, self._cores // self._at_queries))
 
     def _next_documents(self) -> list[Part] | Turn:
         """The same: pieces of documents and other work in turns."""

@@ -3,9 +3,10 @@
 Queries differ in length, so a padded batch of them computes a third for nothing. Here the tokens of several texts stand in one sequence;
 a block-diagonal mask keeps the texts apart and positions begin anew with each, so a vector is the one that the text would get alone.
 The layers are called as plain functions on the model's own weights: for a dozen tokens, finding the way through the modules of a model costs
-as much as the arithmetic.
+as much as the arithmetic. The whole of it is one call into torch, which needs no interpreter until it is done.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +90,7 @@ class _Bert:
 
         weights: dict[str, Tensor] = bert.state_dict()
         config = bert.config
-        self._heads, self._eps = config.num_attention_heads, config.layer_norm_eps
+        self._width, self._heads, self._eps = config.hidden_size, config.num_attention_heads, config.layer_norm_eps
         self._word = weights["embeddings.word_embeddings.weight"]
         self._position = weights["embeddings.position_embeddings.weight"] + weights["embeddings.token_type_embeddings.weight"][0]
         self._norm = _both(weights, "embeddings.LayerNorm")
@@ -107,19 +108,44 @@ class _Bert:
                     _both(weights, f"{layer}output.LayerNorm"),
                 )
             )
+        self._alone = _compiled(lambda ids, positions: self._forward(ids, positions, None), torch.arange(5), torch.arange(5))
+        self._packed = _compiled(self._forward, torch.arange(6), torch.arange(6), torch.ones(6, 6, dtype=torch.bool))
 
     def __call__(self, ids: "Tensor", positions: "Tensor", mask: "Tensor | None") -> "Tensor":
+        return self._alone(ids, positions) if mask is None else self._packed(ids, positions, mask)
+
+    def _forward(self, ids: "Tensor", positions: "Tensor", mask: "Tensor | None") -> "Tensor":
+        """The arithmetic; traced, so no number of tokens may become a constant in it."""
         from torch.nn.functional import gelu, layer_norm, linear, scaled_dot_product_attention
 
         state = self._word[ids] + self._position[positions]
-        width = (state.shape[1],)
+        width = (self._width,)
         state = layer_norm(state, width, *self._norm, self._eps)
         for projections, attended, first, up, down, second in self._layers:
-            query, key, value = linear(state, *projections).view(len(ids), 3, self._heads, -1).permute(1, 2, 0, 3)[:, None]
-            mixed = scaled_dot_product_attention(query, key, value, mask)[0].transpose(0, 1).reshape(len(ids), -1)
+            query, key, value = (
+                linear(state, *projections).view(-1, 3, self._heads, self._width // self._heads).permute(1, 2, 0, 3)[:, None]
+            )
+            mixed = scaled_dot_product_attention(query, key, value, mask)[0].transpose(0, 1).flatten(1)
             state = layer_norm(state + linear(mixed, *attended), width, *first, self._eps)
             state = layer_norm(state + linear(gelu(linear(state, *up)), *down), width, *second, self._eps)
         return state
+
+
+def _compiled(forward: "Callable[..., Tensor]", *example: "Tensor") -> "Callable[..., Tensor]":
+    """The same as one call into torch: a hundred calls from Python would each wait for the interpreter while the event loop has it."""
+    import torch
+
+    jit: Any = torch.jit
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # torch.jit is not developed any further; what follows it needs a compiler on the machine
+        traced = jit.trace(forward, example, check_trace=False)
+
+    def call(*inputs: "Tensor") -> "Tensor":
+        with jit.optimized_execution(False):  # it would compile anew for every length
+            result: Tensor = traced(*inputs)
+        return result
+
+    return call
 
 
 def _both(weights: "dict[str, Tensor]", name: str) -> "tuple[Tensor, Tensor]":
