@@ -235,7 +235,7 @@ class Access(_Frozen):
     """What an API key may use, and which names the service answers to. Without keys it serves this machine alone, unmetered."""
 
     requests_per_minute: int = Field(600, ge=0, description="Of each key; 0: unlimited.")
-    burst_seconds: float = Field(2.0, ge=0, description="A key may send in one second what its rate gives in so many; 0: all at once.")
+    burst_seconds: int = Field(2, ge=0, le=60, description="A key may send in so many seconds what its rate gives in them; 0: all at once.")
     tokens_per_day: int = Field(5_000_000, ge=0, description="Of each key: tokens of its questions and of their answers; 0: unlimited.")
     poll_seconds: float = Field(1.0, gt=0, le=5, description="How soon a new or revoked key counts.")
     allowed_hosts: tuple[str, ...] = Field((), description="Names it is reached under, beside localhost, its own host and plain addresses.")

@@ -187,7 +187,10 @@ def _latency(what: str, seconds: Sequence[float], *, promise_ms: float | None = 
 
 
 async def _one_greedy_key(rig: Rig, ready: Released, *, rate: float, seconds: float) -> list[Figure]:
-    """What other keys, with `rate` requests a second together, notice of one that sends a hundred times its quota, in turns with and without."""
+    """What other keys, with `rate` requests a second together, notice of one that sends a hundred times its quota.
+
+    In turns with and without it, in which the others ask at the same moments.
+    """
     greedy_key, *keys = (create_key(ready.store, f"caller-{number}", scopes=("query",), actor="bench")[0] for number in range(1 + _CALLERS))
     settings = ready.settings.model_copy(update={"access": Access(requests_per_minute=QUOTA)})
     async with running(serve, settings) as url, _load(url, ready.queries) as load:
@@ -197,8 +200,8 @@ async def _one_greedy_key(rig: Rig, ready: Released, *, rate: float, seconds: fl
         for turn in range(_TURNS):
             alone.replies += (await load.offered(rate, seconds, seed=20 + turn, keys=keys)).replies
             theirs, its = await asyncio.gather(
-                load.offered(rate, seconds, seed=40 + turn, keys=keys),
-                load.offered(100 * QUOTA / 60, seconds, seed=60 + turn, keys=[greedy_key]),
+                load.offered(rate, seconds, seed=20 + turn, keys=keys),
+                load.offered(100 * QUOTA / 60, seconds, seed=40 + turn, keys=[greedy_key]),
             )
             beside.replies += theirs.replies
             greedy.replies += its.replies

@@ -1,8 +1,8 @@
 """What surrounds every exchange over HTTP: trace id, request id, security headers, and a reply of our own for what nobody foresaw."""
 
 import logging
+import random
 import re
-import uuid
 
 from opentelemetry.trace import Tracer
 from starlette.datastructures import Headers, MutableHeaders
@@ -47,7 +47,7 @@ class Frame:
     async def _exchange(self, scope: Scope, receive: Receive, send: Send, headers: Headers, seen: telemetry.Request) -> None:
         trace_id, openai = seen.trace_id, for_openai(scope["path"])
         given = headers.get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        request_id = given if _REQUEST_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
         scope.setdefault("state", {})["trace_id"] = trace_id
         scope["state"]["request_id"] = request_id
         begun = False

@@ -1,6 +1,6 @@
-"""What each API key may use: requests a second and a minute, tokens a day, counted in this process. Whoever needs no key is not counted.
+"""What each API key may use: requests a minute and in a few seconds, tokens a day, counted in this process. Whoever needs no key is not counted.
 
-The bound on a second keeps a key that sends its whole minute at once from taking every slot that others wait for.
+The bound on a few seconds keeps a key that sends its whole minute at once from taking every slot that others wait for.
 """
 
 import math
@@ -33,7 +33,8 @@ class Quotas:
         if access.requests_per_minute:
             if access.burst_seconds:
                 burst = math.ceil(access.requests_per_minute / 60 * access.burst_seconds)
-                self._rates.append((RateLimitItemPerSecond(burst), "requests a second"))
+                unit = f"requests in {access.burst_seconds} seconds"
+                self._rates.append((RateLimitItemPerSecond(burst, multiples=access.burst_seconds), unit))
             self._rates.append((RateLimitItemPerMinute(access.requests_per_minute), "requests a minute"))
         self._per_day = RateLimitItemPerDay(access.tokens_per_day) if access.tokens_per_day else None
 

@@ -1,7 +1,9 @@
 """Access lists and filters over a real socket: a caller finds, is answered from and sees cited what its groups may read, and nothing else."""
 
+import re
+
 import pytest
-from small_service import build, problem, release, serving, settings_for
+from small_service import build, embedding, problem, release, serving, settings_for
 
 from rag_serving.edge.keys import create_key
 from rag_serving.settings import Access, Index
@@ -78,3 +80,30 @@ def test_injections_find_nothing(client, value):
     """A value that would end a naive literal is looked for as it stands, and is nowhere."""
     for condition in ({"eq": value}, {"in": [value]}, {"prefix": value}):
         assert found(client, "storage", filter={"service": condition}) == set()
+
+
+def test_what_one_caller_asked_is_no_answer_to_another(tmp_path):
+    """Row 28: callers of other groups ask the same question, whose vector is known by then; each finds what it may read."""
+    store, settings = LocalStore(tmp_path / "store"), settings_for(tmp_path)
+    release(store, build(store, settings, acl=ACL))
+    groups_of = {"storage": ["storage"], "keys": ["keys"], "": []}
+    keys = {
+        group: create_key(store, f"k{at}", scopes=["query", "read"], groups=groups, actor="tester")[0]
+        for at, (group, groups) in enumerate(groups_of.items())
+    }
+    with embedding(settings) as url, serving(settings_for(tmp_path, embedder_url=url), store) as client:
+        client.headers_of = {group: {"Authorization": f"Bearer {key}"} for group, key in keys.items()}
+        for group in ("storage", "keys", "", "storage"):
+            assert found(client, group, query="bucket objects instance encrypt user account") == READS[group]
+        known = client.get("/metrics", headers=client.headers_of["storage"]).text
+        assert re.search(r'^rag_embedding_cache_total\{result="hit"\} 3', known, re.MULTILINE), known
+
+
+def test_no_address_shows_a_chunk(client):
+    """Row 29: asked for by its id, a chunk of another's is a 404 like one that does not exist, as is one's own: there is no such address."""
+    theirs = client.post("/v1/retrieve", json=ASK, headers=client.headers_of["storage"]).json()["hits"][0]["chunk_id"]
+    for path in ("chunks", "v1/chunks"):
+        for chunk_id in (theirs, "0" * len(theirs)):
+            refused = problem(client.get(f"/{path}/{chunk_id}", headers=client.headers_of[""]))
+            assert (refused["status"], refused["code"]) == (404, "not_found")
+            assert chunk_id not in str(refused)
