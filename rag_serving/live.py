@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from importlib import import_module
 
-from rag_serving import connections, search_threads, telemetry
+from rag_serving import connections, telemetry
 from rag_serving.errors import NotReady, ReleaseError, SnapshotError
 from rag_serving.opened import Arm, Encoders, OpenSnapshot, Serving, open_release
 from rag_serving.releases import Entry, Ledger, Release, State, fold
@@ -115,7 +116,7 @@ class Live:
         return await asyncio.to_thread(self._store.exists, f"{snapshot_key(serving.snapshot_id)}/{MANIFEST}")
 
     async def _follow(self) -> None:
-        await asyncio.to_thread(search_threads.start)
+        await asyncio.to_thread(import_module, "lancedb")  # a second of work that would hold up health checks
         await asyncio.to_thread(connections.tls)
         while True:
             await self._catch_up()
