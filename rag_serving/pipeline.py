@@ -15,9 +15,9 @@ from rag_serving.exchange import Exchange
 from rag_serving.generation import Writer
 from rag_serving.guards import SPARE, guard_hits, guard_query, spread
 from rag_serving.live import Live
+from rag_serving.loop_rounds import Rounds
 from rag_serving.opened import Serving
 from rag_serving.retrieval import Hit, Vector
-from rag_serving.rounds import Rounds
 from rag_serving.settings import Settings
 from rag_serving.signals.variety import Results
 from rag_serving.writing.confidence import confidence

@@ -142,14 +142,7 @@ def _recorded(result: Any, made: Span) -> Any:
     if not materialized:
         return result
     trace_id = format(made.get_span_context().trace_id, "032x")
-    return dg.MaterializeResult(
-        asset_key=result.asset_key,
-        metadata={**(result.metadata or {}), "trace_id": trace_id},
-        check_results=result.check_results,
-        data_version=result.data_version,
-        tags=result.tags,
-        value=result.value,
-    )
+    return result._replace(metadata={**(result.metadata or {}), "trace_id": trace_id})
 
 
 asset = _traced(dg.asset, dg.AssetsDefinition)

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from rag_serving.rounds import Rounds
+from rag_serving.loop_rounds import Rounds
 
 
 class Clock:
