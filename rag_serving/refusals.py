@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
 from rag_serving.errors import PromotionRefused, StoreError
+from rag_serving.releases import Ledger
 from rag_serving.store import Store
 
 _KEY = "promotion_refused.json"
@@ -17,9 +18,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """`at` is an ISO time in UTC, `code` that of the error."""
+    """`code` is that of the error, `after` the number of the ledger's newest entry then."""
 
-    at: str
+    at: datetime
+    after: int
     snapshot_id: str
     actor: str
     code: str
@@ -31,9 +33,9 @@ def remembering(store: Store, snapshot_id: str, *, actor: str) -> Iterator[None]
     try:
         yield
     except PromotionRefused as error:
-        refusal = Refusal(datetime.now(UTC).isoformat(timespec="seconds"), snapshot_id, actor, error.code)
         try:
-            store.write(_KEY, json.dumps(asdict(refusal)).encode())
+            refusal = Refusal(datetime.now(UTC), Ledger(store).last_number(), snapshot_id, actor, error.code)
+            store.write(_KEY, json.dumps(asdict(refusal) | {"at": refusal.at.isoformat(timespec="seconds")}).encode())
         except StoreError as lost:
             log.warning("the refusal of %s was not written down: %s", snapshot_id, lost)
         raise
@@ -42,7 +44,10 @@ def remembering(store: Store, snapshot_id: str, *, actor: str) -> Iterator[None]
 def last_refusal(store: Store) -> Refusal | None:
     """The newest; None when there was none, or it cannot be read."""
     try:
-        return Refusal(**json.loads(store.read(_KEY))) if store.exists(_KEY) else None
-    except (StoreError, ValueError, TypeError) as error:
+        if not store.exists(_KEY):
+            return None
+        found = json.loads(store.read(_KEY))
+        return Refusal(**found | {"at": datetime.fromisoformat(found["at"]), "after": int(found["after"])})
+    except (StoreError, ValueError, TypeError, KeyError) as error:
         log.warning("the last refusal of a promotion cannot be read: %s", error)
         return None

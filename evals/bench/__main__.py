@@ -78,9 +78,8 @@ def main(names: Sequence[str]) -> int:
             console.rule(f"{name}: {_about(name)}", align="left")
             before = time.perf_counter()
             try:
-                with asyncio.Runner(
-                    loop_factory=auto_loop_factory()
-                ) as runner:  # the services' own: a load generator takes cores from them
+                # the services' own loop, since a load generator takes cores from them
+                with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
                     results.append((name, runner.run(_run(name, rig))))
             except RaglineError as error:
                 failed = True

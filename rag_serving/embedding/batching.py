@@ -18,11 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from rag_serving.deadline import Deadline
-from rag_serving.embedding.cpu import compute_on, thread_count
+from rag_serving.embedding.cpu import compute_on, stand_back, thread_count
 from rag_serving.embedding.turns import Overloaded, Turn, Turns
 from rag_serving.errors import DeadlineExceeded
 from rag_serving.models import EmbeddingModel
-from rag_serving.niceness import stand_back
 
 Vectors = npt.NDArray[np.float32]
 T = TypeVar("T")

@@ -1,7 +1,9 @@
-"""What this CPU gives an embedding model: its arithmetic and its cores."""
+"""What this CPU gives an embedding model: its arithmetic, its cores, and how they are shared."""
 
 import os
+import sys
 import threading
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -39,6 +41,14 @@ def compute_on(cores: int) -> None:
 def own_thread_count() -> int:
     """The cores on which the calling thread computes: its share, or all."""
     return getattr(_mine, "cores", None) or thread_count()
+
+
+def stand_back(niceness: int) -> None:
+    """The calling thread gets this niceness, if it has none higher, and so does every thread it starts. Needs no privilege; only Linux has it."""
+    if sys.platform == "linux":
+        thread = threading.get_native_id()
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, thread, max(niceness, os.getpriority(os.PRIO_PROCESS, thread)))
 
 
 def _cpu_flags() -> frozenset[str]:

@@ -124,9 +124,8 @@ def _change(entry: Entry) -> str:
 
 def _refused(live: Live, store: Store) -> Iterator[Level]:
     refusal, champion = last_refusal(store), live.state.champion
-    released = [_unix(entry.at) for entry in live.entries if champion and entry.number == champion.number]
-    if refusal is not None and _unix(refusal.at) >= max(released, default=0):
-        yield Level(contract.REFUSED_AT, _unix(refusal.at))
+    if refusal is not None and (champion is None or refusal.after >= champion.number):
+        yield Level(contract.REFUSED_AT, refusal.at.timestamp())
 
 
 def _rehearsed(store: Store) -> Iterator[Level]:

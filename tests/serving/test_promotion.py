@@ -42,16 +42,18 @@ def refused(store, manifest, match, error=PromotionRefused, **changes):
 
 def test_a_refusal_is_remembered_and_reported_where_it_cannot_be(line, caplog):
     """The store keeps the code of the last refusal; where it takes nothing, the caller still gets the refusal and the log says the rest."""
-    store, (first, *_) = line
+    store, (first, second, *_) = line
     assert last_refusal(store) is None
     refused(store, first, "has no retrieval quality verdict")
     assert last_refusal(store).code == "verdict_absent"
-    store.write("promotion_refused.json", b"{")
-    assert last_refusal(store) is None
+    assert pass_and_promote(store, first).number > last_refusal(store).after == 0
+    for spoiled in (b"{", b"[]", b'{"at": "yesterday", "after": 0}', b'{"at": "2026-01-01"}'):
+        store.write("promotion_refused.json", spoiled)
+        assert last_refusal(store) is None, spoiled
     (store.root / "promotion_refused.json").unlink()
     (store.root / "promotion_refused.json").mkdir()
     with pytest.raises(PromotionRefused, match="has no retrieval quality verdict"):
-        attempt(store, first)
+        attempt(store, second)
     assert "was not written down" in caplog.text
 
 
