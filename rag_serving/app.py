@@ -8,11 +8,12 @@ from contextlib import asynccontextmanager, suppress
 import uvicorn
 from fastapi import FastAPI
 from opentelemetry.sdk.trace import TracerProvider
+from starlette.exceptions import HTTPException
 
 from rag_serving import telemetry
 from rag_serving.canary import Traffic
 from rag_serving.collector import settle
-from rag_serving.edge.entry import Edge
+from rag_serving.edge.entry import Edge, Entry, doors
 from rag_serving.edge.frame import Frame
 from rag_serving.edge.keys import require_keys
 from rag_serving.edge.limits import BodyLimit
@@ -20,7 +21,7 @@ from rag_serving.edge.openapi import describe
 from rag_serving.edge.origins import Origins
 from rag_serving.edge.page_files import read_page
 from rag_serving.edge.ports import listening, require_port, server_config
-from rag_serving.edge.problems import add_problems, refusal
+from rag_serving.edge.problems import leave_to_frame, refusal
 from rag_serving.edge.routes import routes
 from rag_serving.embedding.vector_probe import VectorProbe
 from rag_serving.generation import Writer
@@ -65,7 +66,15 @@ def create_app(
     answers.
     """
     tracer = telemetry.tracer(tracing or telemetry.provider(share=settings.telemetry.share))
-    app = FastAPI(title="ragline", version="1", lifespan=_lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(
+        title="ragline",
+        version="1",
+        lifespan=_lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        exception_handlers={HTTPException: leave_to_frame},
+    )
     app.state.store = store or LocalStore(settings.store_dir)
     live = Live(app.state.store, settings, opened=opened)
     observations = ObservationLog(app.state.store, settings.canary)
@@ -75,11 +84,10 @@ def create_app(
     app.state.probe = VectorProbe(live, settings)
     app.state.edge = Edge(settings, app.state.store)
     app.state.assets = read_page()
-    app.state.tracer = tracer
     app.include_router(routes)
+    app.add_middleware(Entry, edge=app.state.edge, tracer=tracer, doors=doors(routes))
     app.add_middleware(BodyLimit, most_bytes=MOST_BODY_BYTES, too_long=_TOO_LONG, refusal=refusal, seconds=BODY_SECONDS)
     app.add_middleware(Frame, tracer=tracer, origins=Origins(settings.access.allowed_hosts, own=settings.places.host))
-    add_problems(app)
     describe(app)
     return app
 

@@ -1,20 +1,23 @@
 """The order at the edge: size cap, who asks, how often, what is asked, and whether there is room. Work begins after all five.
 
-The size cap stands before (limits.py); a route asks for the rest with `Depends(asked(Model, scope))`, or for the first two with
-`Depends(allowed(scope))`.
+The size cap stands before (limits.py). `Entry` does the rest before FastAPI sees a request, so that turning away costs little when there is
+much to turn away; what a route asks of its callers it says with `Depends(Door(...))`.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, Generic
 
-from fastapi import Depends, Request, Security
+from fastapi import APIRouter, Request, Security
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from opentelemetry.trace import Tracer
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rag_serving import telemetry
 from rag_serving.admission import Body, admit_body
@@ -82,68 +85,98 @@ class Asked(Generic[Body]):
         self.tokens += tokens_of(sum(len(text) for text in texts))
 
 
-def allowed(scope: str) -> Callable[..., Awaitable[Caller]]:
-    """A dependency that gives the caller, whose key has this scope and is within its limits. AccessError, LimitExceeded."""
+class Door(Generic[Body]):
+    """What a route asks of its callers: a key with a scope and, with `model`, a body like it, for which they get a slot.
 
-    async def check(request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Security(_BEARER)]) -> Caller:
-        edge: Edge = request.app.state.edge
-        caller = edge.keys.caller_of(credentials.credentials if credentials else "")
+    As a dependency it gives the route what `Entry` let in. Without Entry before it the route fails: it is never open by mistake.
+    """
+
+    def __init__(self, scope: str, model: type[Body] | None = None) -> None:
+        self.scope = scope
+        self.model = model
+
+    async def __call__(self, request: Request, _shown: Annotated[HTTPAuthorizationCredentials | None, Security(_BEARER)]) -> Asked[Body]:
+        asked: Asked[Body] = request.state.asked
+        return asked
+
+
+def doors(routes: APIRouter) -> dict[tuple[str, str], Door[Any]]:
+    """The doors of these routes, by method and path."""
+    found = [route for route in routes.routes if isinstance(route, APIRoute)]
+    asking = [(route, each.call) for route in found for each in route.dependant.dependencies if isinstance(each.call, Door)]
+    return {(method, route.path): door for route, door in asking for method in route.methods or ()}
+
+
+class Entry:
+    """Lets requests through the doors of their addresses, or raises why not; addresses without a door are open.
+
+    A request whose door has a model holds its slot until the reply was sent. What it cost is put on its key's account then.
+    """
+
+    def __init__(self, app: ASGIApp, *, edge: Edge, tracer: Tracer, doors: Mapping[tuple[str, str], Door[Any]]) -> None:
+        self._app = app
+        self._edge = edge
+        self._tracer = tracer
+        self._doors = doors
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        door = self._doors.get((scope["method"], scope["path"])) if scope["type"] == "http" else None
+        if door is None:
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope, receive)
+        caller = await self._caller(request, door.scope)
+        if door.model is None:
+            request.state.asked = None
+            await self._app(scope, receive, send)
+            return
+        async with AsyncExitStack() as held:
+            request.state.asked = asked = await self._admitted(request, caller, door.model, held)
+            try:
+                await self._app(scope, receive, send)
+            finally:
+                await self._edge.quotas.spend(caller, asked.tokens)
+
+    async def _caller(self, request: Request, scope: str) -> Caller:
+        """Who asks, with a key of this scope and within its limits. AccessError, LimitExceeded."""
+        shown = await _BEARER(request)
+        caller = self._edge.keys.caller_of(shown.credentials if shown else "")
         if not caller.anonymous and _key_in_address(request):
             raise unauthorized()
         if scope not in caller.scopes:
-            audit.warning(
-                "key %s (%s) without scope %s was refused %s %s, trace %s",
-                caller.name,
-                caller.key_id,
-                scope,
-                request.method,
-                request.scope["route"].path,
-                request.state.trace_id,
-            )
+            refused = f"{request.method} {request.url.path}, trace {request.state.trace_id}"
+            audit.warning("key %s (%s) without scope %s was refused %s", caller.name, caller.key_id, scope, refused)
             raise AccessError(f"this key has no scope {scope!r}.", fix="Use a key with that scope.", code="forbidden")
         if not caller.anonymous:
             telemetry.known(caller.key_id)
-        await edge.quotas.check(caller)
+        await self._edge.quotas.check(caller)
         return caller
 
-    return check
+    async def _admitted(self, request: Request, caller: Caller, model: type[Body], held: AsyncExitStack) -> Asked[Body]:
+        """What is asked, with a slot that `held` gives back.
 
-
-def asked(model: type[Body], scope: str) -> Callable[..., AsyncIterator[Asked[Body]]]:
-    """A dependency that lets a request in: its body as `model`, a slot until the reply was sent, and what it cost put on account.
-
-    A `deadline_ms` in the body can only shorten the time a request has, which runs from the moment its headers are there.
-    """
-
-    async def let_in(request: Request, caller: Annotated[Caller, Depends(allowed(scope))]) -> AsyncIterator[Asked[Body]]:
-        edge: Edge = request.app.state.edge
+        A `deadline_ms` in the body can only shorten the time a request has, which runs from the moment its headers are there.
+        """
         arrived = time.monotonic()
         exchange = Exchange(
             request.state.trace_id,
-            request.app.state.tracer,
-            Deadline(arrived + edge.deadline_seconds),
+            self._tracer,
+            Deadline(arrived + self._edge.deadline_seconds),
             caller=caller,
             request_id=request.state.request_id,
             conversation=conversation_of(request.headers),
         )
         raw = await request.body()
-        async with AsyncExitStack() as held:
-            with exchange.phase("admit"):
-                body = admit_body(request.headers.get("content-type", ""), raw, model)
-                wanted = getattr(body, "deadline_ms", None)
-                if wanted is not None:
-                    exchange.deadline = Deadline(min(exchange.deadline.at, arrived + wanted / 1000))
-                due(request.scope, exchange.deadline)
-                await held.enter_async_context(edge.slots.held(caller.key_id, exchange.deadline))
-            if await request.is_disconnected():
-                raise ClientDisconnect
-            admitted = Asked(body, raw, exchange)
-            try:
-                yield admitted
-            finally:
-                await edge.quotas.spend(caller, admitted.tokens)
-
-    return let_in
+        with exchange.phase("admit"):
+            body = admit_body(request.headers.get("content-type", ""), raw, model)
+            wanted = getattr(body, "deadline_ms", None)
+            if wanted is not None:
+                exchange.deadline = Deadline(min(exchange.deadline.at, arrived + wanted / 1000))
+            due(request.scope, exchange.deadline)
+            await held.enter_async_context(self._edge.slots.held(exchange.caller.key_id, exchange.deadline))
+        if await request.is_disconnected():
+            raise ClientDisconnect
+        return Asked(body, raw, exchange)
 
 
 def _key_in_address(request: Request) -> bool:

@@ -5,24 +5,24 @@ import random
 import re
 
 from opentelemetry.trace import Tracer
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rag_serving import telemetry
 from rag_serving.edge.origins import Origins
-from rag_serving.edge.problems import for_openai, problem
+from rag_serving.edge.problems import for_openai, problem, problem_of
 from rag_serving.edge.sending import send_in_time
-from rag_serving.errors import AccessError
 
 MOST_HEADER_BYTES = 16 << 10
 
-_SECURITY = {
-    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; object-src 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "X-Frame-Options": "DENY",
-}
+_SECURITY = (
+    (b"content-security-policy", b"default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; object-src 'none'"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-frame-options", b"DENY"),
+)
+_NOT_KEPT = (b"cache-control", b"no-store")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 log = logging.getLogger(__name__)
@@ -57,11 +57,9 @@ class Frame:
             if message["type"] == "http.response.start":
                 begun = True
                 seen.status = message["status"]
-                out = MutableHeaders(scope=message)
-                out["X-Request-Id"] = request_id
-                out.setdefault("Cache-Control", "no-store")
-                for name, value in _SECURITY.items():
-                    out[name] = value
+                own = message["headers"]
+                kept = () if any(name == b"cache-control" for name, _ in own) else (_NOT_KEPT,)
+                message["headers"] = [*own, (b"x-request-id", request_id.encode()), *kept, *_SECURITY]
             await send_in_time(scope, send, message)
 
         if sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADER_BYTES:
@@ -71,16 +69,15 @@ class Frame:
         try:
             self._origins.check(scope["method"], headers)
             await self._app(scope, receive, framed)
-        except AccessError as error:
-            await problem(error.code, error.what, error.fix, trace_id, openai=openai)(scope, receive, framed)
         except ClientDisconnect:
             seen.gone = True
             log.info("trace %s: the client left", trace_id)
-        except Exception:
-            log.exception("trace %s failed", trace_id)
-            if begun:
-                raise
-            text = "The request could not be finished; the service's log has the details under the trace id."
-            await problem("internal", text, "Try again; report it with the trace id if it stays.", trace_id, openai=openai)(
-                scope, receive, framed
-            )
+        except Exception as error:
+            reply = None if begun else problem_of(error, trace_id, openai=openai)
+            if reply is None:
+                log.exception("trace %s failed", trace_id)
+                if begun:
+                    raise
+                text = "The request could not be finished; the service's log has the details under the trace id."
+                reply = problem("internal", text, "Try again; report it with the trace id if it stays.", trace_id, openai=openai)
+            await reply(scope, receive, framed)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
@@ -78,22 +78,23 @@ def openai_error(body: dict[str, Any]) -> dict[str, Any]:
     return {"message": f"{body['detail']} {body['fix']}".strip(), "type": kind, "param": None, "code": body["code"]}
 
 
-def add_problems(app: FastAPI) -> None:
-    @app.exception_handler(RaglineError)
-    async def known(request: Request, error: RaglineError) -> JSONResponse:
-        if error.code not in PROBLEMS:
-            raise error
+def problem_of(error: Exception, trace_id: str, *, openai: bool) -> JSONResponse | None:
+    """The reply to a request that ended with this error; None for a fault of ours, of which nothing is said."""
+    if isinstance(error, RaglineError) and error.code in PROBLEMS:
         wait = error.retry_after if isinstance(error, LimitExceeded) else 1
-        openai = for_openai(request.url.path)
-        return problem(error.code, error.what, error.fix, request.state.trace_id, retry_after=wait, openai=openai)
-
-    @app.exception_handler(HTTPException)
-    async def http(request: Request, error: HTTPException) -> JSONResponse:
+        return problem(error.code, error.what, error.fix, trace_id, retry_after=wait, openai=openai)
+    if isinstance(error, HTTPException):
         code = _CODE_OF_STATUS[error.status_code]
         fix = {"body_too_long": "Shorten the question.", "body_too_slow": "Send the body at once."}.get(code, "See /openapi.json.")
-        reply = problem(code, str(error.detail), fix, request.state.trace_id, openai=for_openai(request.url.path))
+        reply = problem(code, str(error.detail), fix, trace_id, openai=openai)
         reply.headers.update(error.headers or {})
         return reply
+    return None
+
+
+async def leave_to_frame(_request: Request, error: Exception) -> Response:
+    """An exception handler that handles nothing, in the place of FastAPI's own: replies to errors are made in frame.py alone."""
+    raise error
 
 
 def refusal(status: int, message: str) -> ASGIApp:

@@ -11,7 +11,7 @@ from rag_serving import pipeline, telemetry
 from rag_serving.admission import Ask, Question
 from rag_serving.edge import idempotency
 from rag_serving.edge.chat import ChatReply, ChatRequest, ChatStream, ModelList, chat_reply
-from rag_serving.edge.entry import Asked, Edge, allowed, asked
+from rag_serving.edge.entry import Asked, Door, Edge
 from rag_serving.edge.page_files import page_file
 from rag_serving.edge.problems import DOCUMENTED, documented
 from rag_serving.edge.replies import (
@@ -33,7 +33,7 @@ from rag_serving.writing.extraction import Answer
 
 routes = APIRouter()
 
-Admitted = Annotated[Asked[Question], Depends(asked(Question, "query"))]
+Admitted = Annotated[Asked[Question], Depends(Door("query", Question))]
 
 
 def takes(model: type[BaseModel]) -> dict[str, Any]:
@@ -69,7 +69,7 @@ async def retrieve(request: Request, admitted: Admitted) -> Response:
 
 
 @routes.post("/v1/query", response_model=QueryReply, openapi_extra=takes(Ask), responses=_STREAMED)
-async def query(request: Request, admitted: Annotated[Asked[Ask], Depends(asked(Ask, "query"))]) -> Response:
+async def query(request: Request, admitted: Annotated[Asked[Ask], Depends(Door("query", Ask))]) -> Response:
     """An answer out of the passages nearest to a question, with citations; `abstained` when they hold none.
 
     With `stream`, or `Accept: text/event-stream`, the reply is events: hits, token, restart, citations and last done or error.
@@ -100,7 +100,7 @@ async def compare(request: Request, admitted: Admitted) -> Response:
 
 
 @routes.post("/v1/chat/completions", response_model=ChatReply, openapi_extra=takes(ChatRequest), responses=_STREAMED)
-async def chat(request: Request, admitted: Annotated[Asked[ChatRequest], Depends(asked(ChatRequest, "query"))]) -> Response:
+async def chat(request: Request, admitted: Annotated[Asked[ChatRequest], Depends(Door("query", ChatRequest))]) -> Response:
     """The same as /v1/query in the shape of OpenAI's chat completions: the last user message is the question."""
     body, question = admitted.body, admitted.body.question()
     work = partial(_answered, request, admitted, question)
@@ -111,7 +111,7 @@ async def chat(request: Request, admitted: Annotated[Asked[ChatRequest], Depends
     return _written(chat_reply(question, found, answer, admitted.exchange))
 
 
-@routes.get("/v1/models", dependencies=[Depends(allowed("query"))], responses=documented(401, 403, 429))
+@routes.get("/v1/models", dependencies=[Depends(Door("query"))], responses=documented(401, 403, 429))
 async def models() -> ModelList:
     """The one model of /v1/chat/completions."""
     return ModelList()
@@ -129,7 +129,7 @@ async def _answered(request: Request, admitted: Asked[Any], question: Question) 
     "/v1/feedback", status_code=202, openapi_extra=_FEEDBACK, responses=documented(401, 403, 408, 409, 413, 415, 422, 429, 503, 504)
 )
 async def feedback(
-    request: Request, response: Response, admitted: Annotated[Asked[Feedback], Depends(asked(Feedback, "feedback"))]
+    request: Request, response: Response, admitted: Annotated[Asked[Feedback], Depends(Door("feedback", Feedback))]
 ) -> FeedbackReply:
     """A thumb for an answer: its question waits for a judgment, from which the eval set grows. `queued` is false if it waits already."""
     given, trace_id = admitted.body, admitted.exchange.trace_id
@@ -153,7 +153,7 @@ async def feedback(
     return reply
 
 
-@routes.get("/v1/release", dependencies=[Depends(allowed("read"))], responses=documented(401, 403, 429))
+@routes.get("/v1/release", dependencies=[Depends(Door("read"))], responses=documented(401, 403, 429))
 async def release(request: Request) -> ReleaseReply:
     """What is live, what was before, what answers here, and the last entries of the ledger."""
     return release_reply(request.app.state.service.live)
@@ -176,7 +176,7 @@ async def readyz(request: Request) -> dict[str, Any]:
     return {"status": "ready", "snapshot_id": serving.snapshot_id, "release": serving.number, "problem": problem}
 
 
-@routes.get("/metrics", dependencies=[Depends(allowed("read"))], include_in_schema=False)
+@routes.get("/metrics", dependencies=[Depends(Door("read"))], include_in_schema=False)
 async def collected(request: Request) -> Response:
     """The metrics of this process, as Prometheus collects them."""
     state = request.app.state

@@ -18,8 +18,11 @@ def due(scope: Scope, deadline: Deadline) -> None:
 async def send_in_time(scope: Scope, send: Send, message: Message) -> None:
     """Send a part of a reply; ClientDisconnect when the client has not taken what came before in time, if that was said."""
     last: Deadline | None = scope.get("state", {}).get("due")
+    if last is None:
+        await send(message)
+        return
     try:
-        async with asyncio.timeout(None if last is None else last.remaining):
+        async with asyncio.timeout(last.remaining):
             await send(message)
     except TimeoutError:
         raise ClientDisconnect from None

@@ -9,17 +9,21 @@ from contextlib import contextmanager
 
 import httpx2
 import pytest
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, FastAPI
 from live_server import running
+from opentelemetry.sdk.trace import TracerProvider
 from small_service import release, serving, settings_for, two_snapshots
 from starlette.responses import JSONResponse
 
 from rag_serving.admission import Question, clean_text
-from rag_serving.edge.entry import Asked, asked
+from rag_serving.edge.entry import Asked, Door, Edge, Entry, doors
+from rag_serving.edge.frame import Frame
 from rag_serving.edge.keys import create_key
+from rag_serving.edge.origins import Origins
 from rag_serving.errors import QueryError
 from rag_serving.feedback import waiting_queries
 from rag_serving.settings import Access, Admission
+from rag_serving.store import LocalStore
 
 ASK = {"query": "How do I delete a bucket?"}
 JSON = {"Content-Type": "application/json"}
@@ -124,22 +128,15 @@ def test_a_client_that_left_is_not_worked_for(tmp_path):
 
 def test_a_request_may_ask_for_less_time(tmp_path):
     """`deadline_ms` shortens the time of a request and never lengthens it; a request whose time ends is refused as such."""
-    from opentelemetry.sdk.trace import TracerProvider
-
-    from rag_serving.edge.entry import Edge
-    from rag_serving.edge.frame import Frame
-    from rag_serving.edge.origins import Origins
-    from rag_serving.store import LocalStore
-
-    app = FastAPI()
+    app, tracer = FastAPI(), TracerProvider().get_tracer("test")
 
     @app.post("/left")
-    async def left(request: Request, admitted: Asked[Question] = Depends(asked(Question, "query"))) -> float:  # noqa: B008, FAST002
+    async def left(admitted: Asked[Question] = Depends(Door("query", Question))) -> float:  # noqa: B008, FAST002
         return admitted.exchange.deadline.remaining
 
-    tracer = TracerProvider().get_tracer("test")
-    app.state.edge, app.state.tracer = Edge(settings_for(tmp_path), LocalStore(tmp_path)), tracer
-    app.state.edge.keys.refresh()
+    edge = Edge(settings_for(tmp_path), LocalStore(tmp_path))
+    edge.keys.refresh()
+    app.add_middleware(Entry, edge=edge, tracer=tracer, doors=doors(app.router))
     app.add_middleware(Frame, tracer=tracer, origins=Origins())
     with running(app) as url:
         remaining = [
