@@ -7,8 +7,8 @@ from contextlib import asynccontextmanager, suppress
 
 import uvicorn
 from fastapi import FastAPI
+from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 from opentelemetry.sdk.trace import TracerProvider
-from starlette.exceptions import HTTPException
 
 from rag_serving import telemetry
 from rag_serving.canary import Traffic
@@ -21,7 +21,7 @@ from rag_serving.edge.openapi import describe
 from rag_serving.edge.origins import Origins
 from rag_serving.edge.page_files import read_page
 from rag_serving.edge.ports import listening, require_port, server_config
-from rag_serving.edge.problems import leave_to_frame, refusal
+from rag_serving.edge.problems import refusal
 from rag_serving.edge.routes import routes
 from rag_serving.embedding.vector_probe import VectorProbe
 from rag_serving.generation import Writer
@@ -73,7 +73,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        exception_handlers={HTTPException: leave_to_frame},
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # ours alone: its own would record the words of exceptions
     )
     app.state.store = store or LocalStore(settings.store_dir)
     live = Live(app.state.store, settings, opened=opened)
@@ -85,9 +85,10 @@ def create_app(
     app.state.edge = Edge(settings, app.state.store)
     app.state.assets = read_page()
     app.include_router(routes)
-    app.add_middleware(Entry, edge=app.state.edge, tracer=tracer, doors=doors(routes))
-    app.add_middleware(BodyLimit, most_bytes=MOST_BODY_BYTES, too_long=_TOO_LONG, refusal=refusal, seconds=BODY_SECONDS)
-    app.add_middleware(Frame, tracer=tracer, origins=Origins(settings.access.allowed_hosts, own=settings.places.host))
+    entry = Entry(AsyncExitStackMiddleware(app.router), edge=app.state.edge, tracer=tracer, doors=doors(routes))
+    limited = BodyLimit(entry, most_bytes=MOST_BODY_BYTES, too_long=_TOO_LONG, refusal=refusal, seconds=BODY_SECONDS)
+    # in place of FastAPI's own layers, of which only the exit stack is needed: what an error becomes is said in frame.py alone
+    app.middleware_stack = Frame(limited, tracer=tracer, origins=Origins(settings.access.allowed_hosts, own=settings.places.host))
     describe(app)
     return app
 

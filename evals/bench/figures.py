@@ -46,14 +46,14 @@ class Pairs:
 
     def rate(self, what: str, amount: float, unit: str, *, peer_is: str, limit: bool = True, note: str = "") -> Figure:
         """`amount` a second: medians of the rounds, and the median of the rounds' ratios. `limit`: ours cannot be quicker than the peer."""
-        ours, peer = (amount / np.asarray(side) for side in (self.ours, self.peer))
-        figure = _paired(what, ours, peer, unit, peer_is=peer_is, note=note)
+        ours, peer = ([amount / seconds for seconds in side] for side in (self.ours, self.peer))
+        figure = paired(what, ours, peer, unit, peer_is=peer_is, note=note)
         return _doubted(figure) if limit and (figure.ratio or 0) > 1 + _NOISE else figure
 
     def milliseconds(self, what: str, *, peer_is: str, limit: bool = True, note: str = "") -> Figure:
         """Medians in ms, and the median of the rounds' ratios. `limit`: the peer does a part of our work, so ours cannot be quicker."""
-        ours, peer = (1000 * np.asarray(side) for side in (self.ours, self.peer))
-        figure = _paired(what, ours, peer, "ms", peer_is=peer_is, note=note)
+        ours, peer = ([1000 * seconds for seconds in side] for side in (self.ours, self.peer))
+        figure = paired(what, ours, peer, "ms", peer_is=peer_is, note=note)
         return _doubted(figure) if limit and (figure.ratio or 0) < 1 - _NOISE else figure
 
     def tail_milliseconds(self, what: str, *, peer_is: str, promise_ms: float | None = None, note: str = "") -> Figure:
@@ -63,8 +63,9 @@ class Pairs:
         return Figure(what, ours, "ms", peer, peer_is, ours / peer, promise=promise, note=note)
 
 
-def _paired(what: str, ours: Any, peer: Any, unit: str, *, peer_is: str, note: str) -> Figure:
-    ratios = ours / peer
+def paired(what: str, ours: Sequence[float], peer: Sequence[float], unit: str, *, peer_is: str, note: str = "") -> Figure:
+    """Medians over rounds, of which `ours` and `peer` have one number each, and the median of the rounds' ratios."""
+    ratios = np.asarray(ours) / np.asarray(peer)
     low, high = (float(value) for value in np.percentile(ratios, [10, 90]))
     return Figure(
         what, float(np.median(ours)), unit, float(np.median(peer)), peer_is, float(np.median(ratios)), spread=(low, high), note=note

@@ -172,8 +172,8 @@ class Entry:
             wanted = getattr(body, "deadline_ms", None)
             if wanted is not None:
                 exchange.deadline = Deadline(min(exchange.deadline.at, arrived + wanted / 1000))
-            due(request.scope, exchange.deadline)
             await held.enter_async_context(self._edge.slots.held(exchange.caller.key_id, exchange.deadline))
+        due(request.scope, exchange.deadline)
         if await request.is_disconnected():
             raise ClientDisconnect
         return Asked(body, raw, exchange)

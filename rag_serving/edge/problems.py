@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
@@ -90,11 +89,6 @@ def problem_of(error: Exception, trace_id: str, *, openai: bool) -> JSONResponse
         reply.headers.update(error.headers or {})
         return reply
     return None
-
-
-async def leave_to_frame(_request: Request, error: Exception) -> Response:
-    """An exception handler that handles nothing, in the place of FastAPI's own: replies to errors are made in frame.py alone."""
-    raise error
 
 
 def refusal(status: int, message: str) -> ASGIApp:

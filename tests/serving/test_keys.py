@@ -7,14 +7,22 @@ import json
 import logging
 from datetime import UTC, datetime, timedelta
 
+import httpx2
 import pytest
+from fastapi import Depends, FastAPI
+from live_server import running
 from small_service import release, serving, settings_for, two_snapshots, until
 from typer.testing import CliRunner
 
 from rag_assets.cli import app as cli
+from rag_serving import telemetry
 from rag_serving.app import serve
 from rag_serving.edge.caller import SCOPES
+from rag_serving.edge.entry import Door, doors
+from rag_serving.edge.frame import Frame
 from rag_serving.edge.keys import KEYS, PREFIX, REVOKED, Key, KeyRing, create_key, read_keys, require_keys, revoke_key
+from rag_serving.edge.origins import Origins
+from rag_serving.edge.routes import routes
 from rag_serving.errors import AccessError, ConfigError, NotReady, StoreError
 from rag_serving.seals import sealed
 from rag_serving.settings import Access
@@ -277,12 +285,29 @@ def test_only_a_good_key_is_let_in(service):
     assert client.post("/v1/query", json=ASK, headers=bearer(good)).status_code == 200
 
 
-@pytest.mark.parametrize(
-    ("method", "path"), [("POST", "/v1/query"), ("POST", "/v1/retrieve"), ("POST", "/v1/feedback"), ("GET", "/v1/release")]
-)
+def test_what_has_no_door():
+    """Probes and the page's files are the only routes that ask for no key."""
+    every = {(method, route.path) for route in routes.routes for method in route.methods}
+    assert every - set(doors(routes)) == {("GET", path) for path in ("/livez", "/readyz", "/", "/static/{name}")}
+
+
+@pytest.mark.parametrize(("method", "path"), sorted(doors(routes)))
 def test_every_route_that_works_or_tells_asks_for_a_key(service, method, path):
     """Before anything is read of it, a request without a key is refused."""
     assert service[0].request(method, path).status_code == 401
+
+
+def test_a_door_without_entry_is_closed():
+    """A route whose door nobody stands at fails; it never works for somebody whom nobody looked at."""
+    app, worked = FastAPI(), []
+
+    @app.get("/told", dependencies=[Depends(Door("read"))])
+    async def told() -> None:
+        worked.append(1)
+
+    with running(Frame(app, tracer=telemetry.tracer(telemetry.provider()), origins=Origins())) as url:
+        assert httpx2.get(f"{url}/told", trust_env=False).status_code == 500
+    assert not worked
 
 
 @pytest.mark.parametrize("path", ["/livez", "/readyz", "/", "/static/app.js", "/openapi.json"])
