@@ -17,7 +17,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from evals.collections import EvalSetError
 from rag_assets.labelling import Desk, open_desk
 from rag_assets.workbench import Workbench
-from rag_serving.edge.ports import require_port
+from rag_serving.edge.ports import NO_TELEMETRY, require_port
 from rag_serving.errors import RaglineError
 
 _TYPES = {"index.html": "text/html", "label.js": "text/javascript", "label.css": "text/css"}
@@ -48,7 +48,7 @@ def create_app(bench: Workbench, folder: Path, *, actor: str) -> FastAPI:
 
 
 def _pages(folder: Path) -> FastAPI:
-    app = FastAPI(title="ragline labelling", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="ragline labelling", docs_url=None, redoc_url=None, openapi_url=None, telemetry=NO_TELEMETRY)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"])  # another host name is DNS rebinding
 
     @app.exception_handler(RaglineError)

@@ -20,7 +20,7 @@ from rag_serving.edge.limits import BodyLimit
 from rag_serving.edge.openapi import describe
 from rag_serving.edge.origins import Origins
 from rag_serving.edge.page_files import read_page
-from rag_serving.edge.ports import listening, require_port, server_config
+from rag_serving.edge.ports import NO_TELEMETRY, listening, require_port, server_config
 from rag_serving.edge.problems import refusal
 from rag_serving.edge.routes import routes
 from rag_serving.embedding.vector_probe import VectorProbe
@@ -73,7 +73,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        telemetry={"tracing": False, "metrics": False, "logs": False},  # ours alone: its own would record the words of exceptions
+        telemetry=NO_TELEMETRY,
     )
     app.state.store = store or LocalStore(settings.store_dir)
     live = Live(app.state.store, settings, opened=opened)

@@ -28,7 +28,7 @@ from rag_serving.collector import settle
 from rag_serving.deadline import Deadline
 from rag_serving.edge.draining import DrainingServer
 from rag_serving.edge.limits import BodyLimit
-from rag_serving.edge.ports import require_port, server_config
+from rag_serving.edge.ports import NO_TELEMETRY, require_port, server_config
 from rag_serving.embedding.batching import Bench
 from rag_serving.embedding.embedder_metrics import EmbedderMetrics
 from rag_serving.embedding.embeddings_wire import DEADLINE_HEADER, EmbeddingsReply, EmbeddingsRequest, ModelCard, ModelList, reply_body
@@ -236,7 +236,7 @@ def create_app(
     """
     for name in preload:
         settings.model(name)
-    app = FastAPI(title="ragline embedder", version="1", lifespan=_lifespan)
+    app = FastAPI(title="ragline embedder", version="1", lifespan=_lifespan, telemetry=NO_TELEMETRY)
     app.state.settings, app.state.preload, app.state.loaded, app.state.draining = settings, tuple(preload), loaded, False
     app.include_router(routes)
     add_ranking(app, settings)

@@ -1,4 +1,4 @@
-"""Where a server listens: whether it could, asked before it is started since its own refusal comes late, and the socket it listens on."""
+"""How our services run and where they listen: whether they could, asked before one is started since its own refusal comes late."""
 
 import os
 import socket
@@ -6,10 +6,13 @@ from contextlib import closing
 from typing import Any
 
 import uvicorn
+from fastapi.telemetry import TelemetryConfig
 
 from rag_serving.errors import PlatformError
 
 STALLED_SECONDS = 20.0
+NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
+"""For FastAPI, whose own records whole addresses and the words of exceptions, wherever a provider is set for all. Ours is telemetry.py."""
 
 
 def port_is_free(host: str, port: int) -> bool:

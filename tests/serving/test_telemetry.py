@@ -6,6 +6,7 @@ from live_server import running
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from small_service import build, release, settings_for
+from trace_sink import sink
 
 from rag_serving import embedder, telemetry
 from rag_serving.app import create_app
@@ -70,3 +71,17 @@ def test_spans_carry_no_text(asked):
     """Neither the question nor a passage stands in any span."""
     _, spans, _ = asked()
     assert "secret-word" not in " ".join(f"{span.name} {dict(span.attributes)}" for span in spans)
+
+
+@pytest.mark.parametrize("service", ["query", "embedder"])
+def test_the_framework_records_nothing_of_its_own(tmp_path, monkeypatch, service):
+    """FastAPI can be told by a variable to send whole addresses and the words of exceptions to the OTLP endpoint; from our services it does not."""
+    settings = settings_for(tmp_path)
+    with sink() as collector:
+        monkeypatch.setenv("FASTAPI_OTEL_AUTO_CONFIGURE", "true")
+        for signal in ("TRACES", "METRICS", "LOGS"):
+            monkeypatch.setenv(f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT", collector.url)
+        app = create_app(settings, tracing=telemetry.provider()) if service == "query" else embedder.create_app(settings, preload=[])
+        with running(app, ready_path="/livez") as url:
+            httpx2.get(f"{url}/livez?secret=word", trust_env=False)
+        assert collector.raw == []
