@@ -22,8 +22,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, set_span_in_context
 from opentelemetry.trace import Span as OpenSpan
 
-from rag_serving import telemetry
-from rag_serving.signals import contract, work
+from rag_serving.signals import contract, trace, work
 from rag_serving.signals.exporting import otlp_sink
 
 SERVICE = "ragline-pipeline"
@@ -128,7 +127,7 @@ def step(run_id: str, key: str, *, assets: Sequence[str] = (), partition: str | 
     parent = set_span_in_context(NonRecordingSpan(of_run), Context()) if joins else Context()
     token = _given.set((trace_id, 0))
     try:
-        with work.step(telemetry.tracer(_recording().provider), key, facts, parent=parent) as made:
+        with work.step(trace.tracer(_recording().provider), key, facts, parent=parent) as made:
             yield made
     finally:
         _given.reset(token)
@@ -163,7 +162,7 @@ def _first_span(run_id: str, *, job: str, partition: str | None, start_time: int
         facts[contract.PARTITION.name] = partition
     token = _given.set(_ids_of(run_id))
     try:
-        tracer = telemetry.tracer(_recording().provider)
+        tracer = trace.tracer(_recording().provider)
         return tracer.start_span(f"{contract.RUN.name} {job}", Context(), attributes=facts, start_time=start_time)
     finally:
         _given.reset(token)

@@ -10,7 +10,6 @@ from fastapi import FastAPI
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 from opentelemetry.sdk.trace import TracerProvider
 
-from rag_serving import telemetry
 from rag_serving.canary import Traffic
 from rag_serving.collector import settle
 from rag_serving.edge.entry import Edge, Entry, doors
@@ -29,7 +28,7 @@ from rag_serving.live import Live
 from rag_serving.observations import ObservationLog
 from rag_serving.pipeline import Service
 from rag_serving.settings import Settings
-from rag_serving.signals import logs
+from rag_serving.signals import logs, trace
 from rag_serving.store import LocalStore, Store
 from rag_serving.writing.injection import classifier
 from rag_serving.writing.llm import LanguageModel
@@ -65,7 +64,7 @@ def create_app(
     `tracing` makes its spans; add span processors to it to send them somewhere. `opened` is called when the first release is open, before it
     answers.
     """
-    tracer = telemetry.tracer(tracing or telemetry.provider(share=settings.telemetry.share))
+    tracer = trace.tracer(tracing or trace.provider(share=settings.telemetry.share))
     app = FastAPI(
         title="ragline",
         version="1",
@@ -79,7 +78,7 @@ def create_app(
     live = Live(app.state.store, settings, opened=opened)
     observations = ObservationLog(app.state.store, settings.canary)
     writer = Writer(LanguageModel.configured(settings), settings.generation.llm_timeout_seconds, settings.guards)
-    traffic = Traffic(live, observations, settings.canary, busy=lambda: telemetry.inflight() > max(1, settings.admission.concurrency // 8))
+    traffic = Traffic(live, observations, settings.canary, busy=lambda: trace.inflight() > max(1, settings.admission.concurrency // 8))
     app.state.service = Service(settings, live, traffic, writer)
     app.state.probe = VectorProbe(live, settings)
     app.state.edge = Edge(settings, app.state.store)
@@ -103,7 +102,7 @@ def serve(settings: Settings, *, host: str, port: int) -> None:
     require_port(host, port, variable="RAGLINE_SERVING_PORT")
     logs.configure(settings.places.log_format, settings.places.log_level)
     telling = settings.telemetry
-    tracing = telemetry.exporting_provider(service="ragline", share=telling.share, slow_seconds=telling.slow_seconds)
+    tracing = trace.exporting_provider(service="ragline", share=telling.share, slow_seconds=telling.slow_seconds)
     config = server_config(create_app(settings, store=store, tracing=tracing, opened=settle), host=host, port=port)
     server = uvicorn.Server(config)
     with suppress(KeyboardInterrupt):

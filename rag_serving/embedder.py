@@ -23,7 +23,6 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 
-from rag_serving import telemetry
 from rag_serving.collector import settle
 from rag_serving.deadline import Deadline
 from rag_serving.edge.draining import DrainingServer
@@ -39,7 +38,7 @@ from rag_serving.embedding.turns import Overloaded
 from rag_serving.errors import DeadlineExceeded, RaglineError
 from rag_serving.models import UnusableText
 from rag_serving.settings import Settings
-from rag_serving.signals import contract, logs
+from rag_serving.signals import contract, logs, trace
 
 Vectors = npt.NDArray[np.float32]
 
@@ -124,7 +123,7 @@ async def _embedded(request: Request) -> Response:
         raise Refusal(400, f"{body.model} has {spec.dims} dimensions.", code="invalid_dimensions", param="dimensions")
     texts = [body.input] if isinstance(body.input, str) else body.input
     model = await shelf.get(body.model)
-    telemetry.note({contract.REQUEST_MODEL: body.model, contract.BATCH: len(texts)})
+    trace.note({contract.REQUEST_MODEL: body.model, contract.BATCH: len(texts)})
     work = bench.submit(model, texts, query=body.input_type == "query", deadline=deadline)
     try:
         embedded = await work
@@ -242,7 +241,7 @@ def create_app(
     add_ranking(app, settings)
     app.add_middleware(BodyLimit, most_bytes=MOST_BYTES, too_long=_TOO_LONG, refusal=partial(_error, code="body_too_long"))
     if tracing is not None:
-        app.add_middleware(Traced, tracer=telemetry.tracer(tracing))
+        app.add_middleware(Traced, tracer=trace.tracer(tracing))
     _add_error_shape(app)
     return app
 
@@ -257,7 +256,7 @@ def serve(settings: Settings, *, models: Sequence[str], host: str, port: int) ->
     sys.setswitchinterval(SWITCH_SECONDS)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a few queries are tokenised sooner than another thread is awake
     telling = settings.telemetry
-    tracing = telemetry.exporting_provider(service="ragline-embedder", share=telling.share, slow_seconds=telling.slow_seconds)
+    tracing = trace.exporting_provider(service="ragline-embedder", share=telling.share, slow_seconds=telling.slow_seconds)
     app = create_app(settings, preload=models, tracing=tracing, loaded=settle)
 
     def drain() -> None:

@@ -13,6 +13,7 @@ from rag_serving.deadline import Deadline
 from rag_serving.edge.caller import ANONYMOUS, Caller
 from rag_serving.errors import DeadlineExceeded
 from rag_serving.guards import Event
+from rag_serving.signals import trace
 
 PHASES = ("admit", "encode", "retrieve", "rerank", "assemble", "generate")
 
@@ -50,7 +51,7 @@ class Exchange:
             raise DeadlineExceeded(f"the time for this request ended before {name}.", fix="Allow more time, or ask again.")
         started = time.perf_counter()
         try:
-            with telemetry.phase(name, tracer=self.tracer):
+            with trace.phase(name, tracer=self.tracer):
                 yield
         finally:
             self.timings_ms[name] = round((time.perf_counter() - started) * 1000, 3)

@@ -16,7 +16,7 @@ from rag_serving.deadline import Deadline
 from rag_serving.errors import LanguageModelError
 from rag_serving.exchange import Exchange
 from rag_serving.settings import Guards
-from rag_serving.signals import contract
+from rag_serving.signals import contract, trace
 from rag_serving.writing.answer_filter import AnswerFilter, filter_answer
 from rag_serving.writing.citations import CitationCheck
 from rag_serving.writing.extraction import NOTHING_FOUND, Answer, extract
@@ -59,7 +59,7 @@ class Writer:
     async def _quoted(self, query: str, passages: Sequence[Passage], exchange: Exchange) -> Answer:
         """Sentences of the passages; what stands in them is filtered too, since whoever shows an answer may make links of it."""
         quoted = extract(query, passages)
-        with telemetry.guarding("output"):
+        with trace.guarding("output"):
             shown = filter_answer(quoted.text, self.rules, hits=[passage.hit for passage in passages])
             exchange.guarded(shown.events)
         answer = Answer(WITHHELD, abstained=True) if shown.blocked else replace(quoted, text=shown.text)
@@ -81,13 +81,11 @@ class Writer:
                             if through.blocked or through.full:
                                 break
                 finally:
-                    telemetry.record(
-                        {contract.INPUT_TOKENS: usage.prompt_tokens or 0, contract.OUTPUT_TOKENS: usage.completion_tokens or 0}
-                    )
+                    trace.record({contract.INPUT_TOKENS: usage.prompt_tokens or 0, contract.OUTPUT_TOKENS: usage.completion_tokens or 0})
                     telemetry.ended(usage.ended)
         except LanguageModelError as error:
             failure = error
-        with telemetry.guarding("output"):
+        with trace.guarding("output"):
             rest = "" if through.blocked else check.feed(through.close()) + check.finish(whole=failure is None and not through.full)
             exchange.guarded(through.events)
         if through.blocked:

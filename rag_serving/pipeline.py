@@ -19,6 +19,7 @@ from rag_serving.loop_rounds import Rounds
 from rag_serving.opened import Serving
 from rag_serving.retrieval import Hit, Vector
 from rag_serving.settings import Settings
+from rag_serving.signals import trace
 from rag_serving.signals.variety import Results
 from rag_serving.writing.confidence import confidence
 from rag_serving.writing.extraction import Answer
@@ -74,7 +75,7 @@ def _answering(service: Service, question: Question, exchange: Exchange) -> Work
 
 def _taken(service: Service, question: Question, exchange: Exchange) -> Question:
     """The question past the guard on what is asked."""
-    with telemetry.guarding("input", tracer=exchange.tracer):
+    with trace.guarding("input", tracer=exchange.tracer):
         query, events = guard_query(question.query, service.settings.guards)
         exchange.guarded(events)
     telemetry.asked(query_tokens=count_tokens(query), deadline_seconds=exchange.deadline.remaining)
@@ -87,7 +88,7 @@ async def _answer(service: Service, question: Question, serving: Serving, exchan
     await service.rounds.turn()
     with exchange.phase("assemble"):
         off_topic = settings.abstain == "tuned" and serving.snapshot.relevance.refuses(found.hits)
-        with telemetry.guarding("context"):
+        with trace.guarding("context"):
             hits, events = spread(found.hits, k=found.top_k, share=rules.source_share)
             found = replace(found, hits=hits)
             exchange.guarded(events)
@@ -146,7 +147,7 @@ async def _found(service: Service, question: Question, serving: Serving, exchang
             hits = await serving.snapshot.rerank(
                 question.query, hits, k=top_k * spare, exchange=exchange, budget_seconds=budget, encoded=vector is not None
             )
-    if telemetry.counted():
+    if trace.current() is not None:
         service.results.keep([hit.text for hit in hits[:top_k]])
     return Found(serving, hits, top_k)
 

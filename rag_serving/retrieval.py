@@ -17,7 +17,7 @@ from rag_serving.filters import Filter, condition, filterable
 from rag_serving.fusion import DENSE, LEXICAL, Ranked, Values, align, effective_weights, fuse_ranks, fuse_scores
 from rag_serving.passages import Passages
 from rag_serving.settings import Retrieval
-from rag_serving.signals import contract
+from rag_serving.signals import contract, trace
 from rag_serving.snapshots import TABLE, Manifest, snapshot_key, verify
 from rag_serving.store import Store
 from rag_serving.wording import word_evidence
@@ -130,10 +130,10 @@ class Retriever:
         )
         lists = self._without_failed(dict(zip(weights, found, strict=True)), degrade)
         by_rank = fusion.fusion == "rank"
-        with telemetry.span(contract.FUSE):
+        with trace.span(contract.FUSE):
             rows, signals = align(lists, depth=depth)
             fused = fuse_ranks(rows, lists, weights) if by_rank else fuse_scores(signals, weights)
-            telemetry.record({contract.CANDIDATES: len(rows)})
+            trace.record({contract.CANDIDATES: len(rows)})
         return await self._hits(rows, fused, signals, k=k, query=query, fusion=None if by_rank else fusion)
 
     def _without_failed(self, found: Mapping[str, Ranked | BaseException], degrade: Callable[[str], None] | None) -> dict[str, Ranked]:
@@ -221,7 +221,7 @@ class Retriever:
         return search.where(allowed) if allowed else search
 
     async def _search(self, signal: str, query: str, vector: Vector | None, *, depth: int, allowed: str | None) -> Ranked:
-        with telemetry.span(contract.RETRIEVE_VECTOR if signal in DENSE else contract.RETRIEVE_FTS):
+        with trace.span(contract.RETRIEVE_VECTOR if signal in DENSE else contract.RETRIEVE_FTS):
             found = await self._query(signal, query, vector, depth=depth, allowed=allowed).to_arrow()
             index = self._ef_and_refine(depth) if signal in DENSE else None
             telemetry.searched(signal, candidates=len(found), index=index, filtered=allowed)

@@ -9,10 +9,10 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rag_serving import telemetry
 from rag_serving.edge.origins import Origins
 from rag_serving.edge.problems import for_openai, problem, problem_of
 from rag_serving.edge.sending import send_in_time
+from rag_serving.signals import trace
 
 MOST_HEADER_BYTES = 16 << 10
 
@@ -41,10 +41,10 @@ class Frame:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        with telemetry.serving(self._tracer, scope["method"], scope["path"], headers) as request:
+        with trace.serving(self._tracer, scope["method"], scope["path"], headers) as request:
             await self._exchange(scope, receive, send, headers, request)
 
-    async def _exchange(self, scope: Scope, receive: Receive, send: Send, headers: Headers, seen: telemetry.Request) -> None:
+    async def _exchange(self, scope: Scope, receive: Receive, send: Send, headers: Headers, seen: trace.Request) -> None:
         trace_id, openai = seen.trace_id, for_openai(scope["path"])
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"

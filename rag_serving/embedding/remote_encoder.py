@@ -24,8 +24,7 @@ from rag_serving.embedding.embeddings_wire import DEADLINE_HEADER, MOST_TEXTS, R
 from rag_serving.encoding import Vectors, checked_vectors
 from rag_serving.errors import EncoderError, EncoderUnavailable, ModelMismatch
 from rag_serving.settings import EncoderClient
-from rag_serving.signals import contract
-from rag_serving.telemetry import outgoing_headers
+from rag_serving.signals import contract, trace
 
 START_IT = "Start it with `ragline embedder`."
 _PAUSE = 0.02  # seconds before a second try, when the service names none
@@ -128,7 +127,7 @@ class RemoteEncoder:
         missing = [query for query in dict.fromkeys(queries) if query not in rows]
         self.traffic.cache_hits += len(rows)
         self.traffic.cache_misses += len(missing)
-        telemetry.record({contract.CACHE_HIT: not missing})
+        trace.record({contract.CACHE_HIT: not missing})
         until = Deadline.after(deadline.within(self._timeout_seconds) if deadline else self._timeout_seconds)
         for start in range(0, len(missing), MOST_TEXTS):
             group = missing[start : start + MOST_TEXTS]
@@ -164,8 +163,8 @@ class RemoteEncoder:
 
     async def _guarded(self, queries: Sequence[str], until: Deadline) -> Vectors:
         """Ask through the breaker, which hears how it went."""
-        with telemetry.span(contract.EMBEDDINGS, model=self.model):
-            telemetry.record(
+        with trace.span(contract.EMBEDDINGS, model=self.model):
+            trace.record(
                 {
                     contract.OPERATION: "embeddings",
                     contract.PROVIDER: "ragline",
@@ -222,7 +221,7 @@ class RemoteEncoder:
             done, _ = await asyncio.wait(tasks, timeout=self._p95())
             if not done and self._hedges.spend():
                 self.traffic.hedges += 1
-                telemetry.record({contract.HEDGED: True})
+                trace.record({contract.HEDGED: True})
                 tasks.add(asyncio.create_task(self._asked(queries, until, extra=True)))
             while True:
                 done, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -254,12 +253,12 @@ class RemoteEncoder:
                 raise
             await asyncio.sleep(error.pause)
         self.traffic.retries += 1
-        telemetry.record({contract.ATTEMPT: 2})
+        trace.record({contract.ATTEMPT: 2})
         return await self._ask(queries, until)
 
     async def _ask(self, queries: Sequence[str], until: Deadline) -> Vectors:
         body = request_body(self.model, queries, plain=self._unnamed)
-        headers = {DEADLINE_HEADER: str(int(until.remaining * 1000)), **outgoing_headers()}
+        headers = {DEADLINE_HEADER: str(int(until.remaining * 1000)), **trace.outgoing_headers()}
         most = len(queries) * self._dims * _BYTES_A_NUMBER + (64 << 10)
         try:
             reply = await self._pool.post(f"{self.base_url}/v1/embeddings", body, headers, most=most)

@@ -4,7 +4,7 @@ from opentelemetry.trace import Tracer
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rag_serving import telemetry
+from rag_serving.signals import trace
 
 
 class Traced:
@@ -15,10 +15,10 @@ class Traced:
         self._tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not telemetry.declared(scope["method"], scope["path"]):
+        if scope["type"] != "http" or not trace.declared(scope["method"], scope["path"]):
             await self._app(scope, receive, send)
             return
-        with telemetry.serving(self._tracer, scope["method"], scope["path"], Headers(scope=scope)) as request:
+        with trace.serving(self._tracer, scope["method"], scope["path"], Headers(scope=scope)) as request:
 
             async def seen(message: Message) -> None:
                 if message["type"] == "http.response.start":

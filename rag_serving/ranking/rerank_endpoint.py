@@ -20,7 +20,7 @@ from rag_serving.connections import Pool, Reply, TooLong, Unreachable
 from rag_serving.deadline import Deadline
 from rag_serving.embedding.embeddings_wire import DEADLINE_HEADER
 from rag_serving.errors import RerankError
-from rag_serving.telemetry import outgoing_headers
+from rag_serving.signals.trace import outgoing_headers
 
 _VERSIONED = re.compile(r"/v\d+/rerank/?$")
 _BYTES_A_PASSAGE = 1024  # of a reply, at most, when the endpoint does not send the passages back

@@ -15,7 +15,7 @@ from rag_serving.embedding.embeddings_wire import DEADLINE_HEADER
 from rag_serving.embedding.remote_encoder import START_IT
 from rag_serving.encoding import checked_vectors
 from rag_serving.errors import EncoderError, EncoderUnavailable, ModelMismatch
-from rag_serving.telemetry import outgoing_headers
+from rag_serving.signals.trace import outgoing_headers
 
 Vectors = npt.NDArray[np.float32]
 _MOST_TOKENS = 8192  # of one query

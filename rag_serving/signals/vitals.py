@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from itertools import chain
 from typing import Any
 
-from rag_serving import telemetry
 from rag_serving.connections import MOST_CONNECTIONS
 from rag_serving.edge.shedding import Slots
 from rag_serving.embedding.remote_encoder import RemoteEncoder
@@ -24,7 +23,7 @@ from rag_serving.pipeline import Service
 from rag_serving.refusals import last_refusal
 from rag_serving.releases import Action, Entry
 from rag_serving.seals import unsealed
-from rag_serving.signals import contract
+from rag_serving.signals import contract, trace
 from rag_serving.signals.contract import Metric
 from rag_serving.signals.metrics import Level
 from rag_serving.store import Store
@@ -77,7 +76,7 @@ def _working(service: Service, slots: Slots) -> Iterator[Level]:
     varied = service.results.mean_variety()
     if varied is not None:
         yield Level(contract.VARIETY, varied)
-    yield Level(contract.INFLIGHT, telemetry.inflight())
+    yield Level(contract.INFLIGHT, trace.inflight())
     yield Level(contract.WAITING, slots.waiting)
     yield Level(contract.RUNNING, slots.running)
     yield Level(contract.SLOTS, slots.limit)

@@ -17,7 +17,7 @@ from rag_serving.breaker import Breaker, Budget, State
 from rag_serving.deadline import Deadline
 from rag_serving.errors import ConfigError, LanguageModelError
 from rag_serving.settings import Settings
-from rag_serving.telemetry import outgoing_headers
+from rag_serving.signals.trace import outgoing_headers
 from rag_serving.writing.prompting import Message
 
 RETRY_SHARE = 0.1

@@ -22,7 +22,6 @@ from typing import Literal
 
 from attacks import HOST, QUESTIONS, attacks
 
-from rag_serving import telemetry
 from rag_serving.context import assemble
 from rag_serving.deadline import Deadline
 from rag_serving.exchange import Exchange
@@ -30,6 +29,7 @@ from rag_serving.generation import Writer
 from rag_serving.guards import guard_hits
 from rag_serving.retrieval import Hit
 from rag_serving.settings import Guards
+from rag_serving.signals import trace
 from rag_serving.wording import terms
 from rag_serving.writing.answer_filter import filter_answer
 from rag_serving.writing.citations import CitationCheck
@@ -130,7 +130,7 @@ async def outcomes(cases: Iterable[Case], *, url: str, model: str) -> AsyncGener
     try:
         for case in cases:
             started = time.perf_counter()
-            exchange = Exchange("0" * 32, telemetry.tracer(telemetry.provider()), Deadline.after(SECONDS))
+            exchange = Exchange("0" * 32, trace.tracer(trace.provider()), Deadline.after(SECONDS))
             hits = list(case.hits) if case.arm == "bare" else guard_hits(case.hits, Guards())[0]
             answer = await writer.answer(case.question, assemble(hits), exchange)
             yield Row(

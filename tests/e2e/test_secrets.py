@@ -34,11 +34,11 @@ from trace_sink import Sink, sink
 
 from rag_assets import platform, steps
 from rag_assets.workbench import Workbench
-from rag_serving import app, embedder, telemetry
+from rag_serving import app, embedder
 from rag_serving.edge.keys import PREFIX, create_key
 from rag_serving.promotion import promote
 from rag_serving.settings import Canary, Corpus, EvalSetChoice, Gate, Guards, Index, ModelSpec, Places, Settings
-from rag_serving.signals import logs
+from rag_serving.signals import logs, trace
 from rag_serving.store import LocalStore
 
 LETTERS = string.ascii_lowercase
@@ -151,7 +151,7 @@ def settings(root: Path, *, log_text: bool = True, **places: str) -> Settings:
 def service(settings: Settings, store: LocalStore, collector: Sink, monkeypatch) -> Iterator[httpx2.Client]:
     """A query service that sends every span to the collector."""
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", collector.url)
-    tracing = telemetry.exporting_provider(service="ragline", share=1.0, slow_seconds=0.0)
+    tracing = trace.exporting_provider(service="ragline", share=1.0, slow_seconds=0.0)
     with (
         running(app.create_app(settings, store=store, tracing=tracing), ready_path="/readyz") as url,
         httpx2.Client(base_url=url, trust_env=False, timeout=30, limits=ONE_EACH) as client,
@@ -165,7 +165,7 @@ def service(settings: Settings, store: LocalStore, collector: Sink, monkeypatch)
 def embedding(settings: Settings, collector: Sink, monkeypatch) -> Iterator[tuple[str, object]]:
     """The same of an embedding service; its URL and its app."""
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", collector.url)
-    tracing = telemetry.exporting_provider(service="ragline-embedder", share=1.0, slow_seconds=0.0)
+    tracing = trace.exporting_provider(service="ragline-embedder", share=1.0, slow_seconds=0.0)
     made = embedder.create_app(settings, preload=["hashing"], tracing=tracing)
     with running(made, ready_path="/readyz") as url:
         yield url, made
@@ -461,7 +461,7 @@ def test_no_sink_of_mlflow_has_a_secret(tmp_path, monkeypatch, canaries, lines, 
         root = tmp_path / "serving"
         chosen, store = settings(root), LocalStore(root / "store")
         release(store, build(store, chosen))
-        providers = [telemetry.exporting_provider(service=name, share=1.0, slow_seconds=0.0) for name in ("ragline-embedder", "ragline")]
+        providers = [trace.exporting_provider(service=name, share=1.0, slow_seconds=0.0) for name in ("ragline-embedder", "ragline")]
         with running(embedder.create_app(chosen, preload=["hashing"], tracing=providers[0]), ready_path="/readyz") as vectors:
             made = app.create_app(settings(root, embedder_url=vectors), store=store, tracing=providers[1])
             with (

@@ -8,8 +8,8 @@ from real_prometheus import PROMETHEUS, watching
 from small_service import build, release, settings_for
 
 from rag_assets.platform import TRACES_EXPERIMENT, tracing
-from rag_serving import app, embedder, telemetry
-from rag_serving.signals import contract
+from rag_serving import app, embedder
+from rag_serving.signals import contract, trace
 from rag_serving.store import LocalStore
 
 TRACE = "7e" * 16
@@ -24,7 +24,7 @@ def asked(tmp_path, monkeypatch):
     def ask(**environ: str) -> str:
         for name, value in {"NO_PROXY": "127.0.0.1", **environ}.items():
             monkeypatch.setenv(name, value)
-        providers = [telemetry.exporting_provider(service=name, share=0.0, slow_seconds=60) for name in ("ragline-embedder", "ragline")]
+        providers = [trace.exporting_provider(service=name, share=0.0, slow_seconds=60) for name in ("ragline-embedder", "ragline")]
         with running(embedder.create_app(settings, preload=["hashing"], tracing=providers[0]), ready_path="/readyz") as vectors:
             service = app.create_app(settings_for(tmp_path, embedder_url=vectors), store=store, tracing=providers[1])
             with running(service, ready_path="/readyz") as url:

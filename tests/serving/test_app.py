@@ -11,9 +11,9 @@ import pytest
 from live_server import running
 from small_service import PAGES, SPEC, build, embedding, problem, release, serving, settings_for, two_snapshots
 
-from rag_serving import telemetry
 from rag_serving.edge.frame import Frame
 from rag_serving.edge.origins import Origins
+from rag_serving.signals import trace
 from rag_serving.store import LocalStore
 
 ASK = {"query": "How do I delete a bucket?"}
@@ -103,7 +103,7 @@ def test_unforeseen_errors_are_problems():
     async def broken(scope, receive, send):
         raise RuntimeError("secret /tmp/place")
 
-    with running(Frame(broken, tracer=telemetry.tracer(telemetry.provider()), origins=Origins())) as url:
+    with running(Frame(broken, tracer=trace.tracer(trace.provider()), origins=Origins())) as url:
         reply = httpx2.get(url, trust_env=False)
     assert problem(reply)["code"] == "internal"
     assert "secret" not in reply.text

@@ -12,7 +12,7 @@ from opentelemetry.trace import StatusCode
 from trace_sink import sink
 
 from rag_serving import telemetry
-from rag_serving.signals import contract, exporting, metrics
+from rag_serving.signals import contract, exporting, metrics, trace
 from rag_serving.signals.exporting import TailSink
 
 KEPT = f"00-{'ab' * 16}-{'cd' * 8}-01"
@@ -42,15 +42,15 @@ class Kept(SpanExporter):
 
 def provided(exporter: SpanExporter, *, share: float, slow_seconds: float = 60.0) -> tuple[TracerProvider, TailSink]:
     tail = TailSink(exporter, slow_seconds=slow_seconds)
-    tracing = telemetry.provider(share=share)
+    tracing = trace.provider(share=share)
     tracing.add_span_processor(tail)
     return tracing, tail
 
 
 def served(tracing: TracerProvider, *, status: int = 200, code: str = "", traceparent: str = "", part: str = "") -> str:
     """One request with a phase inside, ended as told; its trace id."""
-    with telemetry.serving(telemetry.tracer(tracing), "POST", "/v1/query", {"traceparent": traceparent}) as request:
-        with telemetry.span(contract.ENCODE):
+    with trace.serving(trace.tracer(tracing), "POST", "/v1/query", {"traceparent": traceparent}) as request:
+        with trace.span(contract.ENCODE):
             pass
         if part:
             telemetry.degraded(part)
@@ -104,7 +104,7 @@ def test_health_checks_are_no_traces():
     exporter = Kept()
     tracing, tail = provided(exporter, share=1.0)
     for status in (200, 404, 503, 500):
-        with telemetry.serving(telemetry.tracer(tracing), "GET", "/livez", {}) as request:
+        with trace.serving(trace.tracer(tracing), "GET", "/livez", {}) as request:
             request.status = status
     assert tail.force_flush()
     assert exporter.names == ["request"]
@@ -126,9 +126,9 @@ def test_a_span_that_outlives_its_request_follows_its_trace():
     """What ends later, as a shadow answer does, is kept or forgotten with the trace it belongs to."""
     exporter = Kept()
     tracing, tail = provided(exporter, share=0.0)
-    tracer = telemetry.tracer(tracing)
+    tracer = trace.tracer(tracing)
     for status in (200, 500):
-        with telemetry.serving(tracer, "POST", "/v1/query", {}) as request:
+        with trace.serving(tracer, "POST", "/v1/query", {}) as request:
             late = tracer.start_span("late")
             request.status = status
         late.end()
@@ -162,9 +162,9 @@ def test_unfinished_traces_are_bounded(monkeypatch):
     """Spans whose request never ends are held for so many traces and no more; the oldest are dropped and counted."""
     monkeypatch.setattr(exporting, "MOST_TRACES", 3)
     tracing, tail = provided(Kept(), share=1.0)
-    tracer, before = telemetry.tracer(tracing), dropped()
+    tracer, before = trace.tracer(tracing), dropped()
     for _ in range(5):
-        with tracer.start_as_current_span("never ended", end_on_exit=False), telemetry.span(contract.ENCODE, tracer=tracer):
+        with tracer.start_as_current_span("never ended", end_on_exit=False), trace.span(contract.ENCODE, tracer=tracer):
             pass
     assert dropped() - before == 2
     assert len(tail._open) == 3
@@ -195,7 +195,7 @@ def test_spans_reach_an_otlp_endpoint(monkeypatch):
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", collector.url)
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "x-mlflow-experiment-id=7")
-        tracing = telemetry.exporting_provider(service="ragline", share=1.0, slow_seconds=60.0)
+        tracing = trace.exporting_provider(service="ragline", share=1.0, slow_seconds=60.0)
         trace_id = served(tracing, part="embedding")
         assert tracing.force_flush()
         tracing.shutdown()
@@ -229,8 +229,8 @@ def test_an_error_leaves_its_code_and_none_of_its_words():
             return SpanExportResult.SUCCESS
 
     tracing, tail = provided(Seen(), share=1.0)
-    tracer = telemetry.tracer(tracing)
-    with pytest.raises(ValueError, match="secret"), telemetry.serving(tracer, "POST", "/v1/query", {}), telemetry.span(contract.ENCODE):
+    tracer = trace.tracer(tracing)
+    with pytest.raises(ValueError, match="secret"), trace.serving(tracer, "POST", "/v1/query", {}), trace.span(contract.ENCODE):
         raise ValueError("secret words")
     assert tail.force_flush()
     assert "secret" not in " ".join(span.to_json() for span in spans)
@@ -244,7 +244,7 @@ def test_a_method_of_a_clients_own_making_is_other():
     exporter, tracing = InMemorySpanExporter(), TracerProvider()
     tracing.add_span_processor(SimpleSpanProcessor(exporter))
     for method in ("PATCH", "SECRETWORD"):
-        with telemetry.serving(telemetry.tracer(tracing), method, "/v1/query", {}) as request:
+        with trace.serving(trace.tracer(tracing), method, "/v1/query", {}) as request:
             request.status = 405
     spans = exporter.get_finished_spans()
     assert [span.attributes["http.request.method"] for span in spans] == ["PATCH", "_OTHER"]

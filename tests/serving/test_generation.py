@@ -8,13 +8,13 @@ from contextlib import asynccontextmanager
 import pytest
 from scripted_model import scripted
 
-from rag_serving import telemetry
 from rag_serving.context import Passage, assemble
 from rag_serving.deadline import Deadline
 from rag_serving.exchange import Exchange
 from rag_serving.generation import WITHHELD, Writer
 from rag_serving.retrieval import Hit
 from rag_serving.settings import Guards
+from rag_serving.signals import trace
 from rag_serving.writing.extraction import NO_PASSAGES, NOTHING_FOUND, Answer, extract
 from rag_serving.writing.llm import LanguageModel
 from rag_serving.writing.prompting import draw_nonce, prompt
@@ -68,7 +68,7 @@ def answer(
     url: str = "", *texts: str, seconds: float = 20, within: float = 30, rules: Guards | None = None
 ) -> tuple[Answer, Exchange, Heard]:
     heard = Heard()
-    exchange = Exchange("0" * 32, telemetry.tracer(telemetry.provider()), Deadline.after(within), listener=heard)
+    exchange = Exchange("0" * 32, trace.tracer(trace.provider()), Deadline.after(within), listener=heard)
 
     async def run() -> Answer:
         async with writing(url, seconds=seconds, rules=rules or Guards()) as writer:

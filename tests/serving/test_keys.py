@@ -15,7 +15,6 @@ from small_service import release, serving, settings_for, two_snapshots, until
 from typer.testing import CliRunner
 
 from rag_assets.cli import app as cli
-from rag_serving import telemetry
 from rag_serving.app import serve
 from rag_serving.edge.caller import SCOPES
 from rag_serving.edge.entry import Door, doors
@@ -26,6 +25,7 @@ from rag_serving.edge.routes import routes
 from rag_serving.errors import AccessError, ConfigError, NotReady, StoreError
 from rag_serving.seals import sealed
 from rag_serving.settings import Access
+from rag_serving.signals import trace
 from rag_serving.store import LocalStore
 
 ASK = {"query": "How do I delete a bucket?"}
@@ -305,7 +305,7 @@ def test_a_door_without_entry_is_closed():
     async def told() -> None:
         worked.append(1)
 
-    with running(Frame(app, tracer=telemetry.tracer(telemetry.provider()), origins=Origins())) as url:
+    with running(Frame(app, tracer=trace.tracer(trace.provider()), origins=Origins())) as url:
         assert httpx2.get(f"{url}/told", trust_env=False).status_code == 500
     assert not worked
 

@@ -12,13 +12,13 @@ from starlette.applications import Starlette
 from starlette.responses import Response
 from starlette.routing import Route
 
-from rag_serving import telemetry
 from rag_serving.deadline import Deadline
 from rag_serving.errors import DeadlineExceeded
 from rag_serving.exchange import Exchange
 from rag_serving.models import load_model
 from rag_serving.retrieval import Retriever
 from rag_serving.settings import Retrieval, Weights
+from rag_serving.signals import trace
 from rag_serving.store import LocalStore
 
 ASK = {"query": "How do I delete a bucket?"}
@@ -34,7 +34,7 @@ def store(tmp_path_factory):
 
 def test_phases_are_timed_in_order():
     """Each phase leaves its milliseconds, also one that fails."""
-    exchange = Exchange("0" * 32, telemetry.tracer(telemetry.provider()), Deadline.after(60))
+    exchange = Exchange("0" * 32, trace.tracer(trace.provider()), Deadline.after(60))
     with exchange.phase("encode"):
         time.sleep(0.01)
     with pytest.raises(ValueError, match="broken"), exchange.phase("retrieve"):
@@ -45,7 +45,7 @@ def test_phases_are_timed_in_order():
 
 def test_nothing_starts_after_the_deadline():
     """A phase whose request has run out of time is refused instead of started."""
-    exchange = Exchange("0" * 32, telemetry.tracer(telemetry.provider()), Deadline.after(0))
+    exchange = Exchange("0" * 32, trace.tracer(trace.provider()), Deadline.after(0))
     with pytest.raises(DeadlineExceeded, match="before encode"), exchange.phase("encode"):
         pytest.fail("it started")
 

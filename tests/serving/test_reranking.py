@@ -19,7 +19,6 @@ from starlette.routing import Route
 
 from rag_assets.indexing import build_snapshot
 from rag_assets.local_reranking import local_reranker, rerank_rule
-from rag_serving import telemetry
 from rag_serving.breaker import Breaker
 from rag_serving.deadline import Deadline
 from rag_serving.encoding import LocalEncoder
@@ -34,6 +33,7 @@ from rag_serving.ranking.token_client import RemoteTokens
 from rag_serving.reranking import Judged, reordered, rerank_within
 from rag_serving.retrieval import Hit, Retriever
 from rag_serving.settings import Places, Rerank, RerankWeights, Serving, Settings
+from rag_serving.signals import trace
 from rag_serving.store import LocalStore
 from rag_serving.tcp_faults import Fault, TcpFaults
 
@@ -77,7 +77,7 @@ def rerank(reranker, hits, *, k: int, seconds: float = 30.0):
 
 
 def exchange(seconds: float = 30.0) -> Exchange:
-    return Exchange("0" * 32, telemetry.tracer(telemetry.provider()), Deadline.after(seconds))
+    return Exchange("0" * 32, trace.tracer(trace.provider()), Deadline.after(seconds))
 
 
 def test_maxsim_is_the_mean_of_best_cosines():

@@ -18,13 +18,13 @@ from scripted_model import scripted, with_model
 from small_service import until
 from traced_line import GX, STRONG, WEAK, kept_spans, metadata_of, trace_of
 
-from rag_serving import app, embedder, telemetry
+from rag_serving import app, embedder
 from rag_serving.edge.caller import SCOPES
 from rag_serving.edge.keys import create_key
 from rag_serving.errors import PromotionRefused
 from rag_serving.promotion import promote
 from rag_serving.settings import Access, Admission, EncoderClient, Guards, Rerank, Serving
-from rag_serving.signals import contract, metrics, variety
+from rag_serving.signals import contract, metrics, trace, variety
 from rag_serving.signals.contract import METRICS, SPANS, Outcome
 from rag_serving.signals.exporting import TailSink
 
@@ -49,9 +49,9 @@ class Refusing(SpanExporter):
 def lost_span() -> None:
     """A trace that no sink takes."""
     tail = TailSink(Refusing(), slow_seconds=60.0)
-    tracing = telemetry.provider()
+    tracing = trace.provider()
     tracing.add_span_processor(tail)
-    with telemetry.serving(telemetry.tracer(tracing), "POST", "/v1/query", {}):
+    with trace.serving(trace.tracer(tracing), "POST", "/v1/query", {}):
         pass
     tail.force_flush()
     tracing.shutdown()
@@ -65,7 +65,7 @@ def driven(tmp_path_factory):
     """
     root = tmp_path_factory.mktemp("signals")
     exporter = InMemorySpanExporter()
-    tracing = telemetry.provider()
+    tracing = trace.provider()
     tracing.add_span_processor(SimpleSpanProcessor(exporter))
     before = metrics.samples()
     with ExitStack() as stack:
@@ -237,7 +237,7 @@ def test_every_outcome_is_counted(driven):
 
 def test_a_request_is_one_trace(driven):
     """From the caller's header to the embedding service and the language model: one trace, every parent in it, the first span with all it found."""
-    spans = [span for span in driven.spans if telemetry.trace_id_of(span.context) == TRACE]
+    spans = [span for span in driven.spans if trace.trace_id_of(span.context) == TRACE]
     names = [span.name for span in spans]
     ids = {span.context.span_id for span in spans}
     root = next(span for span in spans if span.name == "POST /v1/query")

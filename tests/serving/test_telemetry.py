@@ -8,9 +8,9 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from small_service import build, release, settings_for
 from trace_sink import sink
 
-from rag_serving import embedder, telemetry
+from rag_serving import embedder
 from rag_serving.app import create_app
-from rag_serving.signals import contract
+from rag_serving.signals import contract, trace
 from rag_serving.store import LocalStore
 
 CALLER = "0af7651916cd43dd8448eb211c80319c"
@@ -21,7 +21,7 @@ PHASES = ["admit", "guard.input", "encode", "retrieve", "assemble", "generate"]
 def asked(tmp_path):
     """A function that asks one question with headers and returns the reply, the finished spans, and what the embedder was sent."""
     store, exporter, sent = LocalStore(tmp_path), InMemorySpanExporter(), []
-    tracing = telemetry.provider()
+    tracing = trace.provider()
     tracing.add_span_processor(SimpleSpanProcessor(exporter))
     settings = settings_for(tmp_path)
     release(store, build(store, settings))
@@ -50,7 +50,7 @@ def test_one_trace_from_the_caller_through_every_phase_to_the_embedder(asked):
     reply, spans, sent = asked(traceparent=f"00-{CALLER}-b7ad6b7169203331-01")
     root = next(span for span in spans if span.name == "POST /v1/query")
     assert [span.name for span in spans if span.parent and span.parent.span_id == root.context.span_id] == PHASES
-    assert {telemetry.trace_id_of(span.context) for span in spans} == {CALLER} == {reply["trace_id"]}
+    assert {trace.trace_id_of(span.context) for span in spans} == {CALLER} == {reply["trace_id"]}
     assert sent[-1]["traceparent"].split("-")[1] == CALLER
     assert root.attributes[contract.SNAPSHOT_ID.name] == reply["snapshot_id"]
     assert root.attributes[contract.GENERATION.name] == reply["release"]
@@ -81,7 +81,7 @@ def test_the_framework_records_nothing_of_its_own(tmp_path, monkeypatch, service
         monkeypatch.setenv("FASTAPI_OTEL_AUTO_CONFIGURE", "true")
         for signal in ("TRACES", "METRICS", "LOGS"):
             monkeypatch.setenv(f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT", collector.url)
-        app = create_app(settings, tracing=telemetry.provider()) if service == "query" else embedder.create_app(settings, preload=[])
+        app = create_app(settings, tracing=trace.provider()) if service == "query" else embedder.create_app(settings, preload=[])
         with running(app, ready_path="/livez") as url:
             httpx2.get(f"{url}/livez?secret=word", trust_env=False)
         assert collector.raw == []

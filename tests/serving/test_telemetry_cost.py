@@ -15,7 +15,7 @@ from small_service import build, embedding, release, settings_for
 from trace_sink import sink
 
 from rag_serving import app, telemetry
-from rag_serving.signals import contract, metrics
+from rag_serving.signals import contract, metrics, trace
 from rag_serving.store import LocalStore
 
 EACH, WARM = 1200, 100
@@ -35,28 +35,28 @@ def switch(monkeypatch):
 
 def provider(monkeypatch, endpoint: str) -> TracerProvider:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", endpoint)
-    return telemetry.exporting_provider(service="ragline", share=SHARE, slow_seconds=1.0)
+    return trace.exporting_provider(service="ragline", share=SHARE, slow_seconds=1.0)
 
 
 def alone(tracing: TracerProvider) -> float:
     """Microseconds that recording a request of /v1/retrieve takes: its spans with their attributes, and its metrics; the least of many."""
-    tracer, took = telemetry.tracer(tracing), []
+    tracer, took = trace.tracer(tracing), []
     for _ in range(400):
         started = time.perf_counter()
-        with telemetry.serving(tracer, "POST", "/v1/retrieve", {}) as request:
-            with telemetry.phase("admit", tracer=tracer):
+        with trace.serving(tracer, "POST", "/v1/retrieve", {}) as request:
+            with trace.phase("admit", tracer=tracer):
                 pass
-            with telemetry.guarding("input", tracer=tracer):
+            with trace.guarding("input", tracer=tracer):
                 telemetry.guarded([])
             telemetry.asked(query_tokens=8, deadline_seconds=2.8)
-            with telemetry.phase("encode", tracer=tracer):
-                telemetry.record({contract.CACHE_HIT: True})
-            with telemetry.phase("retrieve", tracer=tracer):
+            with trace.phase("encode", tracer=tracer):
+                trace.record({contract.CACHE_HIT: True})
+            with trace.phase("retrieve", tracer=tracer):
                 for kind in (contract.RETRIEVE_VECTOR, contract.RETRIEVE_FTS) * 2:
-                    with telemetry.span(kind):
+                    with trace.span(kind):
                         telemetry.searched("dense_text", candidates=100, index=(100, 1), filtered=None)
-                with telemetry.span(contract.FUSE):
-                    telemetry.record({contract.CANDIDATES: 100})
+                with trace.span(contract.FUSE):
+                    trace.record({contract.CANDIDATES: 100})
                 telemetry.retrieved(snapshot_id="s", generation=1, top_k=5, scores=[1.0, 0.9, 0.8, 0.7, 0.6], doc_ids=list("abcde"))
             request.status = 200
         took.append(time.perf_counter() - started)
