@@ -16,6 +16,7 @@ from fastapi import APIRouter, Request, Security
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from opentelemetry.trace import Tracer
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -88,15 +89,17 @@ class Asked(Generic[Body]):
 class Door(Generic[Body]):
     """What a route asks of its callers: a key with a scope and, with `model`, a body like it, for which they get a slot.
 
-    As a dependency it gives the route what `Entry` let in. Without Entry before it the route fails: it is never open by mistake.
+    As a dependency it gives the route what `Entry` let in, None without a model. Without Entry the route fails: it is never open by mistake.
     """
 
     def __init__(self, scope: str, model: type[Body] | None = None) -> None:
         self.scope = scope
         self.model = model
 
-    async def __call__(self, request: Request, _shown: Annotated[HTTPAuthorizationCredentials | None, Security(_BEARER)]) -> Asked[Body]:
-        asked: Asked[Body] = request.state.asked
+    async def __call__(
+        self, request: Request, _shown: Annotated[HTTPAuthorizationCredentials | None, Security(_BEARER)]
+    ) -> Asked[Body] | None:
+        asked: Asked[Body] | None = request.state.asked
         return asked
 
 
@@ -120,7 +123,12 @@ class Entry:
         self._doors = doors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        door = self._doors.get((scope["method"], scope["path"])) if scope["type"] == "http" else None
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if "\n" in scope["path"]:  # at the end of a path the routes, which match up to a `$`, would not see it
+            raise HTTPException(404, "Not Found")
+        door = self._doors.get((scope["method"], scope["path"]))
         if door is None:
             await self._app(scope, receive, send)
             return
@@ -144,7 +152,7 @@ class Entry:
         if not caller.anonymous and _key_in_address(request):
             raise unauthorized()
         if scope not in caller.scopes:
-            refused = f"{request.method} {request.url.path}, trace {request.state.trace_id}"
+            refused = f"{request.method} {request.scope['path']}, trace {request.state.trace_id}"
             audit.warning("key %s (%s) without scope %s was refused %s", caller.name, caller.key_id, scope, refused)
             raise AccessError(f"this key has no scope {scope!r}.", fix="Use a key with that scope.", code="forbidden")
         if not caller.anonymous:
@@ -172,8 +180,8 @@ class Entry:
             wanted = getattr(body, "deadline_ms", None)
             if wanted is not None:
                 exchange.deadline = Deadline(min(exchange.deadline.at, arrived + wanted / 1000))
+            due(request.scope, exchange.deadline)
             await held.enter_async_context(self._edge.slots.held(exchange.caller.key_id, exchange.deadline))
-        due(request.scope, exchange.deadline)
         if await request.is_disconnected():
             raise ClientDisconnect
         return Asked(body, raw, exchange)

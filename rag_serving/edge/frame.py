@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from rag_serving.edge.origins import Origins
 from rag_serving.edge.problems import for_openai, problem, problem_of
 from rag_serving.edge.sending import send_in_time
+from rag_serving.errors import AccessError
 from rag_serving.signals import trace
 
 MOST_HEADER_BYTES = 16 << 10
@@ -45,7 +46,7 @@ class Frame:
             await self._exchange(scope, receive, send, headers, request)
 
     async def _exchange(self, scope: Scope, receive: Receive, send: Send, headers: Headers, seen: trace.Request) -> None:
-        trace_id, openai = seen.trace_id, for_openai(scope["path"])
+        trace_id = seen.trace_id
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
         scope.setdefault("state", {})["trace_id"] = trace_id
@@ -62,22 +63,36 @@ class Frame:
                 message["headers"] = [*own, (b"x-request-id", request_id.encode()), *kept, *_SECURITY]
             await send_in_time(scope, send, message)
 
-        if sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADER_BYTES:
-            text = f"The headers are longer than {MOST_HEADER_BYTES} bytes together."
-            await problem("headers_too_long", text, "Send fewer or shorter headers.", trace_id, openai=openai)(scope, receive, framed)
-            return
         try:
-            self._origins.check(scope["method"], headers)
-            await self._app(scope, receive, framed)
+            try:
+                _require_short(scope)
+                self._origins.check(scope["method"], headers)
+                await self._app(scope, receive, framed)
+            except Exception as error:
+                if begun or isinstance(error, ClientDisconnect):
+                    raise
+                await _reply_to(error, trace_id, openai=for_openai(scope["path"]))(scope, receive, framed)
         except ClientDisconnect:
             seen.gone = True
             log.info("trace %s: the client left", trace_id)
-        except Exception as error:
-            reply = None if begun else problem_of(error, trace_id, openai=openai)
-            if reply is None:
-                log.exception("trace %s failed", trace_id)
-                if begun:
-                    raise
-                text = "The request could not be finished; the service's log has the details under the trace id."
-                reply = problem("internal", text, "Try again; report it with the trace id if it stays.", trace_id, openai=openai)
-            await reply(scope, receive, framed)
+        except Exception:
+            log.exception("trace %s failed", trace_id)
+            raise
+
+
+def _require_short(scope: Scope) -> None:
+    if sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADER_BYTES:
+        raise AccessError(
+            f"the headers are longer than {MOST_HEADER_BYTES} bytes together.",
+            fix="Send fewer or shorter headers.",
+            code="headers_too_long",
+        )
+
+
+def _reply_to(error: Exception, trace_id: str, *, openai: bool) -> ASGIApp:
+    reply = problem_of(error, trace_id, openai=openai)
+    if reply is None:
+        log.error("trace %s failed", trace_id, exc_info=error)
+        text = "The request could not be finished; the service's log has the details under the trace id."
+        reply = problem("internal", text, "Try again; report it with the trace id if it stays.", trace_id, openai=openai)
+    return reply

@@ -12,7 +12,7 @@ from rag_serving.errors import PlatformError
 
 STALLED_SECONDS = 20.0
 NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
-"""For FastAPI, whose own records whole addresses and the words of exceptions, wherever a provider is set for all. Ours is telemetry.py."""
+"""For FastAPI, whose own records whole addresses and the words of exceptions, wherever a provider is set for all. Ours: signals/trace.py."""
 
 
 def port_is_free(host: str, port: int) -> bool:

@@ -82,7 +82,7 @@ def problem_of(error: Exception, trace_id: str, *, openai: bool) -> JSONResponse
     if isinstance(error, RaglineError) and error.code in PROBLEMS:
         wait = error.retry_after if isinstance(error, LimitExceeded) else 1
         return problem(error.code, error.what, error.fix, trace_id, retry_after=wait, openai=openai)
-    if isinstance(error, HTTPException):
+    if isinstance(error, HTTPException) and error.status_code in _CODE_OF_STATUS:
         code = _CODE_OF_STATUS[error.status_code]
         fix = {"body_too_long": "Shorten the question.", "body_too_slow": "Send the body at once."}.get(code, "See /openapi.json.")
         reply = problem(code, str(error.detail), fix, trace_id, openai=openai)

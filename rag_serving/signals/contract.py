@@ -1,6 +1,6 @@
 """The telemetry contract: every span, attribute and metric that this product emits, with its unit, its buckets and its category.
 
-Names stand here and nowhere else. Recording goes through `telemetry` and `metrics`, which take these declarations and no strings, so nothing
+Names stand here and nowhere else. Recording goes through `telemetry`, `trace` and `metrics`, which take these declarations and no strings, so nothing
 undeclared can be emitted; the page of docs/telemetry.md, the alert rules and the dashboards are generated from them.
 
 Attributes hold numbers, ids and words of closed lists: never a text, a vector or a key. The values of a label are listed with it, so no

@@ -1,6 +1,7 @@
 """The serving process over a real socket: replies, refusals, headers and readiness."""
 
 import asyncio
+import logging
 import re
 import subprocess
 import sys
@@ -10,9 +11,13 @@ import httpx2
 import pytest
 from live_server import running
 from small_service import PAGES, SPEC, build, embedding, problem, release, serving, settings_for, two_snapshots
+from starlette.exceptions import HTTPException
 
+from rag_serving.deadline import Deadline
 from rag_serving.edge.frame import Frame
 from rag_serving.edge.origins import Origins
+from rag_serving.edge.sending import due
+from rag_serving.errors import NotReady
 from rag_serving.signals import trace
 from rag_serving.store import LocalStore
 
@@ -107,6 +112,41 @@ def test_unforeseen_errors_are_problems():
         reply = httpx2.get(url, trust_env=False)
     assert problem(reply)["code"] == "internal"
     assert "secret" not in reply.text
+
+
+def test_a_status_that_is_not_ours_is_a_problem():
+    """An error of the framework with a status that we have no words for is a 500 as any other fault, never a bare page."""
+
+    async def teapot(scope, receive, send):
+        raise HTTPException(418)
+
+    with running(Frame(teapot, tracer=trace.tracer(trace.provider()), origins=Origins())) as url:
+        reply = httpx2.get(url, trust_env=False)
+    assert problem(reply)["code"] == "internal"
+    assert "default-src" in reply.headers["content-security-policy"]
+
+
+def test_who_does_not_read_a_refusal_has_left(caplog):
+    """A client that takes nothing of a refusal is left alone a second after its deadline, as of any reply, and counts as gone."""
+    outcomes = []
+
+    async def refusing(scope, receive, send):
+        due(scope, Deadline.after(-0.9))
+        raise NotReady("no release is open.", fix="Wait.")
+
+    async def stalled(message):
+        outcomes.append(trace.current())
+        await asyncio.sleep(60)
+
+    async def asking():
+        frame = Frame(refusing, tracer=trace.tracer(trace.provider()), origins=Origins())
+        scope = {"type": "http", "method": "GET", "path": "/v1/release", "headers": [(b"host", b"localhost")]}
+        await asyncio.wait_for(frame(scope, None, stalled), timeout=20)
+
+    with caplog.at_level(logging.INFO, logger="rag_serving.edge.frame"):
+        asyncio.run(asking())
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+    assert outcomes[0].gone
 
 
 @pytest.mark.parametrize(
