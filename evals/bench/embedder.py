@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from evals.bench.connections import Connections
-from evals.bench.figures import Figure, alternate, kept
+from evals.bench.figures import Figure, alternate, kept, reached
 from evals.bench.processes import running
 from evals.bench.rig import Rig
 from rag_assets import steps
@@ -64,10 +64,9 @@ async def run(rig: Rig, *, texts: int = 384, clients: int = 16, rounds: int = 7,
     note = f"{rig.model_name}, {model.dtype}, {len(queries)} queries, one a request"
     peer_is = f"SentenceTransformer.encode, batch {size}"
     rate = loaded.rate(f"{clients} concurrent clients", len(queries), "texts/s", peer_is=peer_is, limit=False, note=note)
-    share = rate.ratio or 0.0
     added = float(np.median((np.asarray(alone.ours) - np.asarray(alone.peer)) * 1000))
     return [
-        replace(rate, promise=f">= {SHARE:g} of the peer: {'kept' if share >= SHARE else 'missed'}"),
+        replace(rate, promise=reached(rate.ratio or 0, SHARE, "of the peer")),
         through.rate(f"{clients} through the client of the query service", len(queries), "texts/s", peer_is=peer_is, limit=False),
         alone.milliseconds("one request alone, p50", peer_is="SentenceTransformer.encode of one text", limit=False),
         Figure("added to one request, p50", added, "ms", promise=kept(added, ADDED_MS, "ms"), note="of the differences request by request"),

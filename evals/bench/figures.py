@@ -77,7 +77,13 @@ def _doubted(figure: Figure) -> Figure:
     return replace(figure, note="; ".join(part for part in (DOUBT, figure.note) if part))
 
 
+def reached(measured: float, least: float, unit: str = "") -> str:
+    """The promise of at least so much, with its outcome."""
+    return f"{f'>= {least:g} {unit}'.rstrip()}: {'kept' if measured >= least else 'missed'}"
+
+
 def kept(measured: float, limit: float, unit: str) -> str:
+    """The promise of less than the limit, with its outcome."""
     return f"< {limit:g} {unit}: {'kept' if measured < limit else 'missed'}"
 
 

@@ -17,7 +17,7 @@ from itertools import count
 import numpy as np
 
 from evals.bench.connections import Connections
-from evals.bench.figures import Figure, kept, paired
+from evals.bench.figures import Figure, kept, paired, reached
 from evals.bench.processes import running
 from evals.bench.released import Released, released
 from evals.bench.rig import Rig
@@ -176,8 +176,7 @@ async def _over_capacity(rig: Rig, ready: Released, *, seconds: float) -> tuple[
     most = max(_LOADS)
     far_over, peaks = [each.stages[most].goodput for each in rounds], [each.peak for each in rounds]
     share = paired(f"{most:g}x: answers in time, of the peak", far_over, peaks, "answers/s", peer_is="the best load of its round")
-    promise = f">= {GOODPUT_SHARE:g}: {'kept' if (share.ratio or 0) >= GOODPUT_SHARE else 'missed'}"
-    figures.append(replace(share, promise=promise))
+    figures.append(replace(share, promise=reached(share.ratio or 0, GOODPUT_SHARE)))
     return capacity, figures + _latency("0.5x after that: answered, p99", after.seconds_of(200), note=after.told())
 
 
@@ -239,8 +238,7 @@ async def _one_greedy_key(rig: Rig, ready: Released, *, rate: float, seconds: fl
     whole = [percentile_ms(_together(side).seconds_of(200), 99) for side in (beside, alone)]
     note = f"of all turns together {whole[0]:.0f} and {whole[1]:.0f} ms; {_together(beside).told()}"
     others = paired("other keys beside a greedy one, p99", with_it, before, "ms", peer_is="the same turn without it", note=note)
-    promise = f"<= {OTHERS_SLOWER:g}: {'kept' if (others.ratio or 0) <= OTHERS_SLOWER else 'missed'}"
-    return [*figures, replace(others, promise=promise)]
+    return [*figures, replace(others, promise=kept(others.ratio or 0, OTHERS_SLOWER, "x"))]
 
 
 def _together(stages: Sequence[Stage]) -> Stage:

@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rag_serving.edge.origins import Origins
-from rag_serving.edge.problems import for_openai, problem, problem_of
+from rag_serving.edge.problems import for_openai, problem_of
 from rag_serving.edge.sending import send_in_time
 from rag_serving.errors import AccessError
 from rag_serving.signals import trace
@@ -71,7 +71,7 @@ class Frame:
             except Exception as error:
                 if begun or isinstance(error, ClientDisconnect):
                     raise
-                await _reply_to(error, trace_id, openai=for_openai(scope["path"]))(scope, receive, framed)
+                await problem_of(error, trace_id, openai=for_openai(scope["path"]))(scope, receive, framed)
         except ClientDisconnect:
             seen.gone = True
             log.info("trace %s: the client left", trace_id)
@@ -87,12 +87,3 @@ def _require_short(scope: Scope) -> None:
             fix="Send fewer or shorter headers.",
             code="headers_too_long",
         )
-
-
-def _reply_to(error: Exception, trace_id: str, *, openai: bool) -> ASGIApp:
-    reply = problem_of(error, trace_id, openai=openai)
-    if reply is None:
-        log.error("trace %s failed", trace_id, exc_info=error)
-        text = "The request could not be finished; the service's log has the details under the trace id."
-        reply = problem("internal", text, "Try again; report it with the trace id if it stays.", trace_id, openai=openai)
-    return reply

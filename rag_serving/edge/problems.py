@@ -1,5 +1,6 @@
 """Refusals over HTTP: each error's code has a status and a title, and goes out as application/problem+json (RFC 9457)."""
 
+import logging
 from typing import Any
 
 from fastapi.responses import JSONResponse
@@ -41,6 +42,8 @@ PROBLEMS = {
     "not_ready": (503, "No release is open"),
     "deadline_exceeded": (504, "The time for this request has ended"),
 }
+log = logging.getLogger(__name__)
+
 _CODE_OF_STATUS = {404: "not_found", 405: "method_not_allowed", 408: "body_too_slow", 413: "body_too_long"}
 
 
@@ -77,8 +80,8 @@ def openai_error(body: dict[str, Any]) -> dict[str, Any]:
     return {"message": f"{body['detail']} {body['fix']}".strip(), "type": kind, "param": None, "code": body["code"]}
 
 
-def problem_of(error: Exception, trace_id: str, *, openai: bool) -> JSONResponse | None:
-    """The reply to a request that ended with this error; None for a fault of ours, of which nothing is said."""
+def problem_of(error: Exception, trace_id: str, *, openai: bool = False) -> JSONResponse:
+    """The reply to a request that ended with this error. Of a fault of ours it says nothing but where to look: the log has it."""
     if isinstance(error, RaglineError) and error.code in PROBLEMS:
         wait = error.retry_after if isinstance(error, LimitExceeded) else 1
         return problem(error.code, error.what, error.fix, trace_id, retry_after=wait, openai=openai)
@@ -88,7 +91,9 @@ def problem_of(error: Exception, trace_id: str, *, openai: bool) -> JSONResponse
         reply = problem(code, str(error.detail), fix, trace_id, openai=openai)
         reply.headers.update(error.headers or {})
         return reply
-    return None
+    log.error("trace %s failed", trace_id, exc_info=error)
+    text = "The request could not be finished; the service's log has the details under the trace id."
+    return problem("internal", text, "Try again; report it with the trace id if it stays.", trace_id, openai=openai)
 
 
 def refusal(status: int, message: str) -> ASGIApp:

@@ -8,7 +8,6 @@ refusal like any other. Who does not read what is sent is left alone (sending.py
 
 import asyncio
 import json
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
@@ -18,9 +17,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from rag_serving.edge.problems import PROBLEMS, problem
+from rag_serving.edge.problems import problem_of
 from rag_serving.edge.replies import query_reply, retrieve_reply
-from rag_serving.errors import RaglineError
 from rag_serving.exchange import Exchange
 from rag_serving.pipeline import Found
 from rag_serving.writing.extraction import Answer
@@ -29,7 +27,6 @@ PING_SECONDS = 15.0
 EVENT_STREAM = "text/event-stream"
 
 T = TypeVar("T")
-log = logging.getLogger(__name__)
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T], *, idle: Callable[[], Awaitable[None]] | None = None) -> T:
@@ -108,7 +105,8 @@ class AnswerStream(Response, ABC):
         except Exception as error:
             if not self._begun:
                 raise
-            await self._events(self.on_problem(_problem(error, self.exchange)))
+            body: dict[str, Any] = json.loads(bytes(problem_of(error, self.exchange.trace_id).body))
+            await self._events(self.on_problem(body))
         else:
             await self._events(self.on_done(found, answer))
         await self._put(b"", more=False)
@@ -158,15 +156,3 @@ class QueryStream(AnswerStream):
 
 def _event(name: str, data: str) -> bytes:
     return format_sse_event(event=name, data_str=data)
-
-
-def _problem(error: Exception, exchange: Exchange) -> dict[str, Any]:
-    """The body that the error would have had as a refusal."""
-    if isinstance(error, RaglineError) and error.code in PROBLEMS:
-        refusal = problem(error.code, error.what, error.fix, exchange.trace_id)
-    else:
-        log.error("trace %s failed", exchange.trace_id, exc_info=error)
-        text = "The answer could not be finished; the service's log has the details under the trace id."
-        refusal = problem("internal", text, "Try again; report it with the trace id if it stays.", exchange.trace_id)
-    found: dict[str, Any] = json.loads(bytes(refusal.body))
-    return found

@@ -10,7 +10,7 @@ import pytest
 
 from evals.bench import embedder, embedding, load, overhead, quality, reranking, retrieval, rollback, scale, verify
 from evals.bench.__main__ import BENCHES, BY_NAME_ONLY, _chosen
-from evals.bench.figures import DOUBT, Figure, Pairs, alternate, figures_table, kept
+from evals.bench.figures import DOUBT, Figure, Pairs, alternate, figures_table, kept, reached
 from evals.bench.rig import Rig, clustered_vectors
 from rag_assets.workbench import LogReporter
 from rag_serving.errors import ModelError
@@ -161,6 +161,8 @@ def test_promise_says_whether_it_was_kept():
     """The bar is printed with its outcome, also when it was missed."""
     assert kept(9.9, 10, "ms") == "< 10 ms: kept"
     assert kept(10.6, 10, "ms") == "< 10 ms: missed"
+    assert reached(0.9, 0.9, "of the peer") == ">= 0.9 of the peer: kept"
+    assert reached(0.79, 0.8) == ">= 0.8: missed"
 
 
 def test_names(capsys):
